@@ -1,0 +1,85 @@
+# make bench and make test do all set-up: a virtual environment, torch, the build. What is done is not done again.
+# TORCH=2.11.0 uses that version, in an environment of its own. PVK_VENV=none uses the python that is active.
+
+PYTHON ?= python3
+TORCH ?= 2.14.1
+ONLY ?=
+
+# torch -> torchvision; nvcc is of the CUDA release that these were built with.
+VISION_2.11.0 := 0.26.0
+VISION_2.14.1 := 0.29.1
+TORCHVISION := $(VISION_$(TORCH))
+NVCC_PACKAGES := nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85
+
+VENV := .venv$(if $(filter-out 2.14.1,$(TORCH)),-$(TORCH))
+ifeq ($(PVK_VENV),none)
+RUN := $(PYTHON)
+READY :=
+else
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+.PHONY: help build bench bench-full test test-full lint format aot aot-full gpu gpu-status clean
+
+help:
+	@echo "make bench       set up, build, verify, benchmark against torchvision, run a detector (10 minutes at most)"
+	@echo "make test        set up, build, run the tests"
+	@echo "make lint        ruff, clang-format, mypy; make format rewrites"
+	@echo "make aot         compile every CUDA kernel for sm_80, sm_90, sm_100; registers, spills, opcodes"
+	@echo "make bench-full  every benchmark; make test-full and aot-full: the slow checks too"
+	@echo "make gpu         on a GPU: build, suite, compute-sanitizer, benchmarks; ONLY=op; gpu-status: what is not verified"
+
+$(VENV)/.ready: Makefile requirements.txt
+	@echo "== setting up $(VENV): torch $(TORCH), torchvision $(TORCHVISION) (about 6 GB, once)"
+	@test -n "$(TORCHVISION)" || { echo "TORCH=$(TORCH) is not among the supported versions: 2.11.0 2.14.1"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --progress-bar on torch==$(TORCH) torchvision==$(TORCHVISION)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@if $(RUN) -c "import sys, torch; sys.exit(torch.version.cuda is None)" && ! command -v nvcc >/dev/null && [ -z "$$CUDA_HOME" ]; then \
+	  echo "== no nvcc here: installing it into $(VENV)"; \
+	  $(RUN) -m pip install --quiet --disable-pip-version-check $(NVCC_PACKAGES); fi
+	@touch $@
+
+# ninja decides what is to be compiled again.
+build: $(READY)
+	@$(RUN) setup.py --quiet build_ext --inplace
+
+bench: build
+	@$(RUN) -m benchmarks $(if $(ONLY),--only $(ONLY))
+
+bench-full: build
+	@$(RUN) -m benchmarks --full $(if $(ONLY),--only $(ONLY))
+
+test: build
+	@$(RUN) -m pytest $(if $(ONLY),-k $(ONLY))
+
+test-full: build
+	@PVK_TEST_FULL=1 $(RUN) -m pytest $(if $(ONLY),-k $(ONLY))
+
+lint: $(READY)
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m clang_format --dry-run --Werror $$(git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	@$(RUN) -m mypy
+
+format: $(READY)
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+	@$(RUN) -m clang_format -i $$(git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+aot: $(READY)
+	@$(RUN) tests/aot.py
+
+aot-full: $(READY)
+	@$(RUN) tests/aot.py --full
+
+# Where torch is importable and a GPU is there: no network, no virtual environment.
+gpu:
+	@ONLY=$(ONLY) $(PYTHON) -m benchmarks.gpu
+
+gpu-status:
+	@$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) -m benchmarks.gpu_status
+
+clean:
+	rm -rf build dist *.egg-info pyvision_kernels/lib pyvision_kernels/_C.*.so

@@ -1,0 +1,97 @@
+// What a binding needs of torch: tensors, checks, allocation, registration. Bindings include this, kernels never do.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "core/memory.h"
+#include "core/types.h"
+
+// The build compiles each binding once into each library: PVK_NAMESPACE::op for the dispatch key PVK_DISPATCH_KEY.
+#define PVK_LIBRARY_IMPL_(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
+#define PVK_LIBRARY_IMPL(m) PVK_LIBRARY_IMPL_(PVK_NAMESPACE, PVK_DISPATCH_KEY, m)
+
+// "<op>: expected <argument> to <property>, but got <value>"
+#define PVK_CHECK(condition, ...) \
+  if (!(condition)) ::pvk::fail(__VA_ARGS__)
+
+namespace pvk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename... Parts>
+[[noreturn, gnu::cold]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  ((message << parts), ...);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
+  text << ']';
+  return text.str();
+}
+
+inline DType dtype_of(const char* op, const char* argument, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      fail(op, ": expected ", argument, " to be float16, bfloat16, float32 or float64, but got another dtype");
+  }
+}
+
+inline void check_same_device(const char* op, const char* argument, const Tensor& tensor, const char* other_argument,
+                              const Tensor& other) {
+  PVK_CHECK(tensor.device() == other.device(), op, ": expected ", argument, " to be on the same device as ",
+            other_argument);
+}
+
+// Uninitialised, on the device of `like`.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, const Tensor& like,
+                    bool channels_last = false) {
+  const Tensor tensor = torch::stable::empty(
+      {sizes.begin(), sizes.size()}, dtype, std::nullopt, like.device(), std::nullopt,
+      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+#if !defined(PVK_CUDA)
+  advise_huge_pages(tensor.data_ptr(), tensor.numel() * int64_t(tensor.element_size()));
+#endif
+  return tensor;
+}
+
+// Makes the tensor's device current, and names the stream that the kernels are queued on.
+class DeviceScope {
+ public:
+#if defined(PVK_CUDA)
+  explicit DeviceScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
+  }
+#else
+  explicit DeviceScope(const Tensor&) {}
+#endif
+  Stream stream() const { return stream_; }
+
+ private:
+#if defined(PVK_CUDA)
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  void* stream_ = nullptr;
+};
+
+}  // namespace pvk

@@ -1,0 +1,11 @@
+"""Custom C++ and CUDA kernels for vision models, as drop-in PyTorch layers.
+
+`pvk.ops`: functions. `pvk.nn`: layers. `python -m pyvision_kernels info | verify` says what is built and whether it
+computes the right thing here.
+"""
+
+from pyvision_kernels import nn, ops
+from pyvision_kernels._extension import build_info, cpu_capability
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "build_info", "cpu_capability", "nn", "ops"]

@@ -1,0 +1,26 @@
+"""Words of the errors that ops raise: `<op>: expected <argument> to <property>, but got <value>`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def require(condition: bool, op: str, expected: str, value: Any) -> None:
+    """Raises RuntimeError in the project's words unless the condition holds."""
+    if not condition:
+        raise RuntimeError(f"{op}: expected {expected}, but got {value}")
+
+
+def as_pair(op: str, argument: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """An int becomes a pair; both must be positive."""
+    pair = (value, value) if isinstance(value, int | torch.SymInt) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(item, int | torch.SymInt) for item in pair):
+        raise TypeError(f"{op}: expected {argument} to be an int or a pair of ints, but got {value}")
+    if not all(item > 0 for item in pair):
+        raise ValueError(f"{op}: expected {argument} to be positive, but got {value}")
+    return pair[0], pair[1]

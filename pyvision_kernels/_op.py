@@ -1,0 +1,129 @@
+"""The one way to declare an op: schema, fake, autograd, autocast, vmap, and the path below autograd.
+
+The kernels are registered in C++ (`csrc/ops/<op>/<op>.cpp`); everything that Python decides about an op is declared
+here. An op with Python autograd costs several microseconds more per call, so where nothing can ask for a gradient and
+nothing is tracing, the call is dispatched below autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch.autograd import forward_ad
+
+from pyvision_kernels._extension import LIBRARIES
+
+_library = torch.library.Library("pvk", "DEF")
+
+REGISTRY: dict[str, Op] = {}
+
+
+class Op:
+    """The operator `torch.ops.pvk.<name>`, called with its schema's positional arguments."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.overload = getattr(torch.ops.pvk, name).default
+        self.function: type[torch.autograd.Function] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.overload(*args)
+        if self.function is not None and torch._C._functorch.maybe_current_level() is not None:
+            return self.function.apply(*args)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(self.name, args)
+        if _needs_autograd(args):
+            return self.overload(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*args)
+
+
+def _needs_autograd(args: tuple[Any, ...]) -> bool:
+    """Whether someone above the kernels wants to see this call: autograd, tracing, a tensor subclass."""
+    grad = torch.is_grad_enabled()
+    for arg in args:
+        if isinstance(arg, torch.Tensor) and (
+            (grad and arg.requires_grad) or (type(arg) is not torch.Tensor and type(arg) is not torch.nn.Parameter)
+        ):
+            return True
+    return torch._C._get_tracing_state() is not None
+
+
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    # The dispatcher would drop them without a word.
+    if any(isinstance(arg, torch.Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args):
+        raise NotImplementedError(f"{name}: expected inputs without tangents (forward-mode AD is not supported)")
+
+
+def declare(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    autocast: Callable[..., tuple[Any, ...]] | None = None,
+    vmap: Callable[..., Any] | None = None,
+) -> Op:
+    """Declares `pvk::<name>`.
+
+    Args:
+        schema: The operator's schema, without the namespace.
+        fake: Takes the arguments, checks what shapes, dtypes and devices can show, returns empty outputs.
+        setup_context, backward, vmap: As on a `torch.autograd.Function`; an op without them has no gradient, no vmap.
+        autocast: Maps the arguments to those that the op gets under autocast, on CPU and CUDA.
+    """
+    name = schema.split("(", 1)[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = Op(name)
+    torch.library.register_fake(f"pvk::{name}", fake, lib=_library)
+    for key, library in LIBRARIES.items():
+        if library.handle is None:
+            _library.impl(name, _raiser(name, key), key)
+    if backward is not None and setup_context is not None:
+        torch.library.register_autograd(f"pvk::{name}", backward, setup_context=setup_context, lib=_library)
+        op.function = _function(op, setup_context, backward, vmap)
+    if vmap is not None:
+        torch.library.register_vmap(f"pvk::{name}", vmap, lib=_library)
+    if autocast is not None:
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            _library.impl(name, _autocaster(op, autocast, key), key)
+    REGISTRY[name] = op
+    return op
+
+
+def _function(
+    op: Op, setup: Callable[..., None], gradient: Callable[..., Any], batch: Callable[..., Any] | None
+) -> type[torch.autograd.Function]:
+    """The op for functorch: what `register_autograd` makes does not compose with torch.func.grad."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return op(*args)
+
+        setup_context = staticmethod(setup)
+        backward = staticmethod(gradient)
+        if batch is not None:
+            vmap = staticmethod(batch)
+
+    return Function
+
+
+def _raiser(name: str, key: str) -> Callable[..., NoReturn]:
+    def unavailable(*args: Any) -> NoReturn:
+        raise LIBRARIES[key].error(name)
+
+    return unavailable
+
+
+def _autocaster(op: Op, autocast: Callable[..., tuple[Any, ...]], key: str) -> Callable[..., Any]:
+    off = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast_and_call(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(off):
+            return op.overload(*autocast(*args))
+
+    return cast_and_call

@@ -1,0 +1,5 @@
+"""Drop-in layers: same constructor and state_dict as the layer replaced."""
+
+from pyvision_kernels.nn.roi_align import RoIAlign
+
+__all__ = ["RoIAlign"]

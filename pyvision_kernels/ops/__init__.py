@@ -1,0 +1,6 @@
+"""Functional ops. One folder an op."""
+
+from pyvision_kernels.ops.nms import nms
+from pyvision_kernels.ops.roi_align import roi_align
+
+__all__ = ["nms", "roi_align"]

@@ -1,0 +1,261 @@
+"""Cases of roi_align: sizes of real detectors, odd sizes, hostile boxes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyvision_kernels._case import Case, ErrorCase, Inputs, OpCases
+from pyvision_kernels.ops import roi_align
+from pyvision_kernels.ops.roi_align import reference
+
+NAN, INF = math.nan, math.inf
+
+
+def _boxes(
+    generator: torch.Generator, count: int, images: int, extent: tuple[float, float], sides=(8.0, 120.0)
+) -> Tensor:
+    """[K, 5] with sides in a range, log-uniform, on an image of (height, width); some reach over the border."""
+    height, width = extent
+    low, high = (math.log(side) for side in sides)
+    side = torch.exp(torch.rand(count, 2, generator=generator, dtype=torch.float64) * (high - low) + low)
+    corner = torch.rand(count, 2, generator=generator, dtype=torch.float64) * torch.tensor([width, height]) - 0.4 * side
+    image = torch.randint(0, max(images, 1), (count, 1), generator=generator).double()
+    # Quarters of a pixel are exact in every dtype that boxes have here.
+    return torch.cat([image, (corner * 4).round() / 4, ((corner + side) * 4).round() / 4], 1)
+
+
+def _case(
+    name: str,
+    size: tuple[int, int, int, int],
+    count: int,
+    output_size: int | tuple[int, int] = 7,
+    spatial_scale: float = 0.25,
+    sampling_ratio: int = 2,
+    aligned: bool = False,
+    sides: tuple[float, float] = (8.0, 120.0),
+    extra: list[list[float]] | None = None,
+    **options,
+) -> Case:
+    def make(generator: torch.Generator) -> Inputs:
+        extent = (size[2] / spatial_scale, size[3] / spatial_scale)
+        boxes = _boxes(generator, count, size[0], extent, sides)
+        if extra:
+            boxes = torch.cat([boxes, torch.tensor(extra, dtype=torch.float64)])
+        return {
+            "input": torch.randn(size, generator=generator, dtype=torch.float64),
+            "boxes": boxes,
+            "output_size": output_size,
+            "spatial_scale": spatial_scale,
+            "sampling_ratio": sampling_ratio,
+            "aligned": aligned,
+        }
+
+    options.setdefault("single", ("boxes",))
+    if extra:
+        options.setdefault("peer_rows", count)
+    return Case(name, make, **options)
+
+
+HOSTILE: list[list[float]] = [
+    [0, NAN, 4, 20, 30],
+    [0, 4, 4, NAN, NAN],
+    [1, -INF, 4, INF, 30],
+    [0, 4, INF, 8, INF],
+    [NAN, 4, 4, 20, 20],
+    [INF, 4, 4, 20, 20],
+    [2, 4, 4, 20, 20],  # one image too far
+    [-1, 4, 4, 20, 20],
+    [3e9, 4, 4, 20, 20],
+    [1, -1e30, -1e30, 1e30, 1e30],
+    [0, 1e30, 1e30, 2e30, 2e30],
+    [1, -3e38, 0, 3e38, 20],  # its width is not finite
+    [0, -1e6, -1e6, 1e6, 1e6],
+]
+EMPTY: list[list[float]] = [
+    [0, 10, 12, 10, 12],
+    [1, 10, 12, 10, 40],
+    [0, 60, 70, 20, 30],
+    [1, 20, 70, 60, 30],
+    [0, -50, -50, -20, -20],
+]
+
+CASES = OpCases(
+    name="roi_align",
+    op=roi_align,
+    reference=reference.roi_align,
+    peer=lambda **inputs: _torchvision()(**inputs),
+    operators=("roi_align", "_roi_align_backward"),
+    differentiable=("input",),
+    cases=(
+        _case("fpn_like", (2, 64, 25, 38), 24),
+        _case("aligned", (2, 33, 19, 23), 17, aligned=True),
+        _case("adaptive", (1, 70, 21, 30), 19, (3, 5), sampling_ratio=-1, aligned=True),
+        _case("adaptive_large_boxes", (1, 5, 40, 33), 9, 2, sampling_ratio=0, sides=(60.0, 400.0)),
+        _case("single_channel", (3, 1, 9, 14), 11, (2, 3), sampling_ratio=3),
+        _case("many_channels", (1, 4096, 5, 6), 3, 2, spatial_scale=1 / 16),
+        _case("one_bin", (1, 20, 17, 33), 9, 1),
+        _case("mask_head", (1, 40, 30, 20), 5, 14),
+        _case("wide_output", (1, 3, 12, 9), 3, (3, 70), sampling_ratio=1),
+        _case("one_pixel_map", (2, 6, 1, 1), 5, 3),
+        _case("one_row_map", (1, 18, 1, 37), 5, (2, 3)),
+        _case("upsampled_boxes", (1, 16, 24, 24), 7, 7, sides=(1.0, 3.0)),
+        _case("no_boxes", (2, 8, 6, 7), 0),
+        _case("no_images", (0, 8, 6, 7), 3, peer_rows=0),
+        _case("no_channels", (2, 0, 6, 7), 3, peer_rows=0),
+        _case("empty_map", (2, 8, 0, 7), 3, peer_rows=0),
+        _case("empty_and_inverted_boxes", (2, 21, 20, 26), 6, 3, extra=EMPTY, peer_rows=11),
+        _case("empty_and_inverted_boxes_aligned", (2, 21, 20, 26), 6, 3, aligned=True, extra=EMPTY, peer_rows=11),
+        _case("empty_boxes_adaptive", (2, 9, 20, 26), 6, 3, sampling_ratio=-1, aligned=True, extra=EMPTY),
+        _case("hostile", (2, 35, 20, 26), 9, 3, extra=HOSTILE, dtypes=(torch.float32, torch.float64, torch.bfloat16)),
+        _case(
+            "hostile_adaptive",
+            (2, 35, 20, 26),
+            9,
+            3,
+            sampling_ratio=0,
+            extra=HOSTILE,
+            dtypes=(torch.float32, torch.float64),
+        ),
+        _case(
+            "boxes_of_the_same_16_bits",
+            (2, 24, 16, 16),
+            8,
+            3,
+            sides=(8.0, 30.0),
+            single=(),
+            dtypes=(torch.float16, torch.bfloat16),
+        ),
+        # A third of an RPN's 1,000 proposals on each of the finer levels of a 800 x 1216 image.
+        _case("faster_rcnn_fpn_p2", (1, 256, 200, 304), 512, bench="quick", sides=(16.0, 112.0)),
+        _case("faster_rcnn_fpn_p3", (1, 256, 100, 152), 256, spatial_scale=1 / 8, bench="quick", sides=(112.0, 224.0)),
+        _case("faster_rcnn_fpn_p4", (1, 256, 50, 76), 160, spatial_scale=1 / 16, bench="quick", sides=(224.0, 448.0)),
+        _case("faster_rcnn_fpn_p5", (1, 256, 25, 38), 72, spatial_scale=1 / 32, bench="full", sides=(448.0, 800.0)),
+        _case("faster_rcnn_1000_rois", (1, 256, 200, 304), 1000, bench="quick", sides=(16.0, 224.0)),
+        _case("faster_rcnn_train_p2", (2, 256, 200, 304), 1024, bench="full", sides=(16.0, 112.0)),
+        _case("mask_rcnn_fpn_p2", (1, 256, 200, 304), 100, 14, bench="quick", sides=(16.0, 112.0)),
+        _case("c4_adaptive", (1, 1024, 50, 76), 300, 14, 1 / 16, 0, True, bench="quick", sides=(32.0, 500.0)),
+        _case("vitdet_adaptive", (1, 256, 64, 64), 1000, 7, 1 / 16, 0, True, bench="full", sides=(16.0, 500.0)),
+    ),
+    errors=(
+        ErrorCase(
+            "input_rank",
+            lambda device: {
+                "input": torch.rand(3, 4, 4, device=device),
+                "boxes": torch.rand(1, 5, device=device),
+                "output_size": 2,
+            },
+            RuntimeError,
+            "roi_align: expected input to have 4 dimensions [N, C, H, W], but got [3, 4, 4]",
+        ),
+        ErrorCase(
+            "boxes_shape",
+            lambda device: {
+                "input": torch.rand(1, 3, 4, 4, device=device),
+                "boxes": torch.rand(7, 4, device=device),
+                "output_size": 2,
+            },
+            RuntimeError,
+            "roi_align: expected boxes to have size [K, 5], but got [7, 4]",
+        ),
+        ErrorCase(
+            "boxes_dtype",
+            lambda device: {
+                "input": torch.rand(1, 3, 4, 4, device=device),
+                "boxes": torch.rand(7, 5, device=device, dtype=torch.float64),
+                "output_size": 2,
+            },
+            RuntimeError,
+            "roi_align: expected boxes to be torch.float32 as input is, or float32 beside a 16-bit input, but got torch.float64",
+        ),
+        ErrorCase(
+            "boxes_device",
+            lambda device: {
+                "input": torch.rand(1, 3, 4, 4, device=device),
+                "boxes": torch.rand(7, 5, device="meta"),
+                "output_size": 2,
+            },
+            RuntimeError,
+            "roi_align: expected boxes to be on the device of input",
+        ),
+        ErrorCase(
+            "input_dtype",
+            lambda device: {
+                "input": torch.ones(1, 3, 4, 4, device=device, dtype=torch.int32),
+                "boxes": torch.ones(7, 5, device=device, dtype=torch.int32),
+                "output_size": 2,
+            },
+            NotImplementedError,
+            "roi_align: expected input to be float16, bfloat16, float32 or float64, but got torch.int32",
+        ),
+        ErrorCase(
+            "output_size",
+            lambda device: {
+                "input": torch.rand(1, 3, 4, 4, device=device),
+                "boxes": torch.rand(7, 5, device=device),
+                "output_size": (0, 2),
+            },
+            ValueError,
+            "roi_align: expected output_size to be positive, but got (0, 2)",
+        ),
+        ErrorCase(
+            "output_size_triple",
+            lambda device: {
+                "input": torch.rand(1, 3, 4, 4, device=device),
+                "boxes": torch.rand(7, 5, device=device),
+                "output_size": (1, 2, 3),
+            },
+            TypeError,
+            "roi_align: expected output_size to be an int or a pair of ints, but got (1, 2, 3)",
+        ),
+        ErrorCase(
+            "boxes_type",
+            lambda device: {
+                "input": torch.rand(1, 3, 4, 4, device=device),
+                "boxes": [[0.0, 0, 0, 1, 1]],
+                "output_size": 2,
+            },
+            TypeError,
+            "roi_align: expected boxes to be a Tensor or a list of Tensors, but got list",
+        ),
+        ErrorCase(
+            "boxes_list_length",
+            lambda device: {
+                "input": torch.rand(2, 3, 4, 4, device=device),
+                "boxes": [torch.rand(7, 4, device=device)],
+                "output_size": 2,
+            },
+            RuntimeError,
+            "roi_align: expected one Tensor of boxes for each of 2 images, but got 1",
+        ),
+        ErrorCase(
+            "boxes_list_shape",
+            lambda device: {
+                "input": torch.rand(1, 3, 4, 4, device=device),
+                "boxes": [torch.rand(7, 5, device=device)],
+                "output_size": 2,
+            },
+            RuntimeError,
+            "roi_align: expected each of boxes to have size [K, 4], but got [7, 5]",
+        ),
+    ),
+    flops=lambda inputs, output: 2.0 * output.numel() * 4 * max(inputs["sampling_ratio"], 1) ** 2,
+    # Boxes once, the output once, and of the map what the boxes cover, at most all of it.
+    bytes=lambda inputs, output: (
+        output.numel() * output.element_size() + min(_covered(inputs), inputs["input"].numel()) * output.element_size()
+    ),
+)
+
+
+def _covered(inputs: Inputs) -> float:
+    boxes = inputs["boxes"].double()
+    area = (boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2]) * inputs["spatial_scale"] ** 2
+    return float(area.clamp(min=0).nan_to_num().sum()) * inputs["input"].size(1)
+
+
+def _torchvision():
+    from torchvision.ops import roi_align as peer
+
+    return peer

@@ -1,0 +1,267 @@
+"""Build of the compiled parts: a CPU library, a CUDA library where it can be had, and the module `_C`.
+
+PVK_BUILD=cpu|cuda forces one (cuda fails where it cannot be built); TORCH_CUDA_ARCH_LIST names the architectures
+("8.0;9.0+PTX"); MAX_JOBS caps the compiler processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11: the oldest torch that the libraries load in
+ARCHS_WITHOUT_GPU = "8.0;9.0+PTX"
+ARCHS_OF_A_WHEEL = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+
+# fp contraction is off so that a multiply-add is fused only where a kernel says fma().
+CPU_FLAGS = "-O3 -ffp-contract=off -fno-math-errno -fno-trapping-math"
+ISA_FLAGS = {
+    "baseline": "-DPVK_ISA_BASELINE",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512",
+}
+
+
+@dataclass
+class Cuda:
+    nvcc: Path
+    archs: list[str]
+    runtime: Path
+
+
+class BuildError(SystemExit):
+    def __init__(self, message: str):
+        super().__init__(f"pyvision_kernels: error: {message}")
+
+
+def find_nvcc() -> Path | None:
+    """CUDA_HOME, then PATH, then the compiler that pip installs beside torch."""
+    home = os.environ.get("CUDA_HOME")
+    candidates = [Path(home) / "bin" / "nvcc"] if home else []
+    on_path = shutil.which("nvcc")
+    if on_path:
+        candidates.append(Path(on_path))
+    candidates += sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/cu*/bin/nvcc"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def find_cuda_runtime(nvcc: Path) -> Path | None:
+    folders = sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/cu*/lib"))
+    home = Path(os.environ.get("CUDA_HOME", nvcc.resolve().parent.parent))
+    folders += [home / "lib64", home / "lib", Path("/usr/local/cuda/lib64")]
+    for folder in folders:
+        found = sorted(folder.glob("libcudart.so*"))
+        if found:
+            return found[-1]
+    return None
+
+
+def gencode_flags(archs: list[str]) -> str:
+    flags = []
+    for arch in archs:
+        match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch)
+        if match is None:
+            raise BuildError(f"expected TORCH_CUDA_ARCH_LIST to be like '8.0;9.0+PTX', but got '{arch}' in it")
+        code = f"{match[1]}{match[2]}{match[3]}"
+        flags.append(f"-gencode arch=compute_{code},code=sm_{code}")
+        if match[4]:
+            flags.append(f"-gencode arch=compute_{code},code=compute_{code}")
+    return " ".join(flags)
+
+
+def choose_cuda(torch, for_wheel: bool) -> tuple[Cuda | None, str]:
+    """What to build for CUDA, and why (not)."""
+    wanted = os.environ.get("PVK_BUILD", "auto")
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise BuildError(f"expected PVK_BUILD to be cpu, cuda or auto, but got '{wanted}'")
+    if wanted == "cpu":
+        return None, "PVK_BUILD=cpu"
+    cuda, reason = find_cuda(torch, for_wheel)
+    if cuda is None and wanted == "cuda":
+        raise BuildError(f"PVK_BUILD=cuda, but {reason}")
+    return cuda, reason
+
+
+def find_cuda(torch, for_wheel: bool) -> tuple[Cuda | None, str]:
+    if torch.version.cuda is None:
+        return None, f"torch {torch.__version__} is a build without CUDA"
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return None, "no nvcc in CUDA_HOME, on PATH or in site-packages/nvidia (pip install nvidia-cuda-nvcc)"
+    runtime = find_cuda_runtime(nvcc)
+    if runtime is None:
+        return None, f"no libcudart.so beside torch or {nvcc}"
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"release (\d+)\.(\d+)", version)
+    release = f"{match[1]}.{match[2]}" if match else "unknown"
+    if release.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return None, f"{nvcc} is of CUDA {release}, but torch was built with CUDA {torch.version.cuda}"
+    archs, source = choose_archs(torch, for_wheel)
+    return Cuda(nvcc, re.split(r"[; ]+", archs.strip()), runtime), f"nvcc {release}, {archs} ({source})"
+
+
+def choose_archs(torch, for_wheel: bool) -> tuple[str, str]:
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return os.environ["TORCH_CUDA_ARCH_LIST"], "TORCH_CUDA_ARCH_LIST"
+    if for_wheel:
+        return ARCHS_OF_A_WHEEL, "a wheel"
+    if torch.cuda.is_available():
+        capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        return ";".join(f"{major}.{minor}" for major, minor in sorted(capabilities)), "the GPUs here"
+    return ARCHS_WITHOUT_GPU, "no GPU here"
+
+
+def job_count() -> int:
+    if os.environ.get("MAX_JOBS"):
+        return max(1, int(os.environ["MAX_JOBS"]))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(len(os.sched_getaffinity(0)), memory // (2 << 30)))
+
+
+class NinjaFile:
+    def __init__(self):
+        self.lines: list[str] = ["ninja_required_version = 1.5"]
+
+    def rule(self, name: str, command: str, deps: bool = True) -> None:
+        self.lines += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
+        if deps:
+            self.lines += ["  depfile = $out.d", "  deps = gcc"]
+
+    def build(self, output: str, rule: str, inputs: list[str], **variables: str) -> str:
+        self.lines.append(f"build {output}: {rule} {' '.join(inputs)}")
+        self.lines += [f"  {key} = {value}" for key, value in variables.items()]
+        return output
+
+    def write(self, path: Path) -> None:
+        text = "\n".join(self.lines) + "\n"
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+
+
+class BuildNinja(build_ext):
+    """Writes one build.ninja for everything, runs it, and puts the results into the package."""
+
+    def outputs(self) -> list[str]:
+        return ["lib/libpvk_cpu.so", *(["lib/libpvk_cuda.so"] if self.cuda else []), self.module]
+
+    def get_outputs(self) -> list[str]:
+        return [str(Path(self.build_lib) / "pyvision_kernels" / name) for name in getattr(self, "built", [])]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+    def run(self) -> None:
+        try:
+            import ninja
+            import pybind11
+            import torch
+        except ImportError as error:
+            raise BuildError(
+                f"{error}; install torch, ninja and pybind11 first, or build with isolation (no --no-build-isolation)"
+            ) from None
+        self.module = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+        for_wheel = "bdist_wheel" in sys.argv or not (self.inplace or getattr(self, "editable_mode", False))
+        self.cuda, reason = choose_cuda(torch, for_wheel)
+        what = "CPU and CUDA" if self.cuda else "CPU only"
+        print(f"pyvision_kernels: building {what} for torch {torch.__version__}: {reason}", flush=True)
+        folder = ROOT / "build" / f"torch-{torch.__version__}-{sysconfig.get_config_var('SOABI')}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.write_ninja(folder, Path(torch.__file__).parent, torch, pybind11.get_include(), reason)
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder), "-j", str(job_count())]
+        if subprocess.run(command).returncode != 0:
+            raise BuildError("the compiler failed; its message is above")
+
+        in_place = self.inplace or getattr(self, "editable_mode", False)
+        package = (ROOT if in_place else Path(self.build_lib).resolve()) / "pyvision_kernels"
+        (package / "lib").mkdir(parents=True, exist_ok=True)
+        if not self.cuda:
+            (package / "lib" / "libpvk_cuda.so").unlink(missing_ok=True)
+        self.built = self.outputs()
+        for name in self.built:
+            source, target = folder / Path(name).name, package / name
+            if not target.exists() or source.stat().st_mtime_ns != target.stat().st_mtime_ns:
+                # A new file, so that a process that has the old one mapped keeps it.
+                fresh = target.with_suffix(".new")
+                shutil.copy2(source, fresh)
+                fresh.replace(target)
+
+    def write_ninja(self, folder: Path, torch_dir: Path, torch, pybind11_include: str, reason: str) -> None:
+        file = NinjaFile()
+        compiler = os.environ.get("CXX", "g++")
+        info = {
+            "torch": torch.__version__,
+            "compiler": subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.split("\n")[0],
+            "cuda": bool(self.cuda),
+            "cuda_reason": reason,
+            "cuda_archs": self.cuda.archs if self.cuda else [],
+            "cpu_isas": list(self.isas()),
+        }
+        warnings = "-Wall -Wextra -Wno-maybe-uninitialized"
+        base = f"-std=c++20 -fPIC -fvisibility=hidden {warnings} -I{ROOT / 'csrc'} -MD -MF $out.d"
+        torch_flags = f"-isystem {torch_dir / 'include'} -DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
+        file.rule("cxx", f"{compiler} {base} {os.environ.get('CXXFLAGS', '')} $flags -c $in -o $out")
+        file.rule("link", f"{compiler} -shared {os.environ.get('LDFLAGS', '')} $in -o $out $flags", deps=False)
+
+        def compile_cpp(source: Path, tag: str, flags: str) -> str:
+            name = "_".join(source.relative_to(ROOT / "csrc").with_suffix("").parts)
+            return file.build(f"{tag}/{name}.o", "cxx", [str(source)], flags=flags)
+
+        core = sorted((ROOT / "csrc" / "core").glob("*.cpp"))
+        bindings = sorted((ROOT / "csrc" / "ops").glob("*/*.cpp"))
+        kernels = [path for path in bindings if path.name == "cpu.cpp"]
+        bindings = [path for path in bindings if path.name == f"{path.parent.name}.cpp"]
+        libraries = f"-L{torch_dir / 'lib'} -ltorch_cpu -lc10"
+
+        objects = [compile_cpp(path, "cpu", f"-O2 {torch_flags}") for path in core]
+        flags = f"-O2 {torch_flags} -DPVK_NAMESPACE=pvk -DPVK_DISPATCH_KEY=CPU"
+        objects += [compile_cpp(path, "cpu", flags) for path in bindings]
+        for isa, flags in self.isas().items():
+            objects += [compile_cpp(path, isa, f"{CPU_FLAGS} -DPVK_ISA={isa} {flags}") for path in kernels]
+        file.build("libpvk_cpu.so", "link", objects, flags=libraries)
+
+        if self.cuda:
+            file.rule(
+                "nvcc",
+                f"{self.cuda.nvcc} -std=c++20 -O3 -I{ROOT / 'csrc'} -Xcompiler -fPIC,-fvisibility=hidden "
+                f"-ccbin {compiler} --expt-relaxed-constexpr {gencode_flags(self.cuda.archs)} "
+                "-MD -MF $out.d -c $in -o $out",
+            )
+            flags = f"-O2 {torch_flags} -DUSE_CUDA -DPVK_CUDA -DPVK_NAMESPACE=pvk -DPVK_DISPATCH_KEY=CUDA"
+            objects = [compile_cpp(path, "cuda", flags) for path in bindings]
+            for path in sorted((ROOT / "csrc" / "ops").glob("*/cuda.cu")):
+                objects.append(file.build(f"cuda/{path.parent.name}_kernel.o", "nvcc", [str(path)]))
+            file.build(
+                "libpvk_cuda.so", "link", objects, flags=f"{libraries} -ltorch_cuda -lc10_cuda {self.cuda.runtime}"
+            )
+
+        definition = json.dumps(json.dumps(info)).replace("$", "$$")
+        header = folder / "build_info.h"
+        text = f"#define PVK_BUILD_INFO {definition}\n"
+        if not header.exists() or header.read_text() != text:
+            header.write_text(text)
+        include = f"-O2 -I{folder} -isystem {pybind11_include} -isystem {sysconfig.get_paths()['include']}"
+        module = compile_cpp(ROOT / "csrc" / "module.cpp", "python", include)
+        file.build(self.module, "link", [module], flags="")
+        file.write(folder / "build.ninja")
+
+    @staticmethod
+    def isas() -> dict[str, str]:
+        return ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ISA_FLAGS["baseline"]}
+
+
+setup(
+    ext_modules=[Extension("pyvision_kernels._C", sources=[])],
+    cmdclass={"build_ext": BuildNinja},
+)

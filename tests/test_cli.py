@@ -1,0 +1,44 @@
+"""`python -m pyvision_kernels info | verify`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pyvision_kernels.__main__ import main
+
+
+def test_info_names_versions_and_what_was_built(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for part in ("torch", "CPU kernels", "CUDA kernels", "CUDA build", "in force"):
+        assert part in text
+    assert torch.__version__.split("+")[0] in text
+
+
+def test_verify_passes_and_prints_every_op(capsys):
+    assert main(["verify", "--small", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "nms" in text
+    assert "roi_align" in text
+    assert "FAILED" not in text
+
+
+def test_verify_refuses_an_unknown_op():
+    with pytest.raises(SystemExit, match="expected ops among nms, roi_align, but got convolve"):
+        main(["verify", "convolve"])
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators:UserWarning")
+def test_verify_fails_on_a_broken_kernel(capsys):
+    # A kernel that is wrong by one part in a thousand takes the place of ours in the dispatcher.
+    kernel = torch.library.get_kernel("pvk::roi_align", "CPU")
+
+    def broken(keys, *args):
+        return kernel.call_boxed(keys, *args) * 1.001
+
+    with torch.library._scoped_library("pvk", "IMPL") as library:
+        library.impl("roi_align", broken, "CPU", with_keyset=True, allow_override=True)
+        assert main(["verify", "roi_align", "--small", "--device", "cpu"]) == 1
+    assert "FAILED roi_align forward" in capsys.readouterr().out
+    assert main(["verify", "roi_align", "--small", "--device", "cpu"]) == 0

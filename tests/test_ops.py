@@ -1,0 +1,124 @@
+"""Every case of every op on every backend, against the float64 reference and the peer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pyvision_kernels._case import all_cases
+from pyvision_kernels._op import REGISTRY
+from pyvision_kernels._verify import run_case
+
+SPECS = list(all_cases())
+CASES = [
+    pytest.param(spec, case, dtype, id=f"{spec.name}-{case.name}-{str(dtype)[6:]}")
+    for spec in SPECS
+    for case in spec.tests()
+    for dtype in case.dtypes
+]
+ERRORS = [pytest.param(spec, error, id=f"{spec.name}-{error.name}") for spec in SPECS for error in spec.errors]
+by_op = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+
+
+@pytest.mark.parametrize(("spec", "case", "dtype"), CASES)
+def test_error_is_at_most_twice_the_peers(spec, case, dtype, device):
+    for layout in spec.layouts:
+        for result in run_case(spec, case, dtype, device, layout):
+            assert result.ok, result
+
+
+@pytest.mark.parametrize(("spec", "error"), ERRORS)
+def test_bad_input_raises_the_projects_words(spec, error, device):
+    with pytest.raises(error.error) as caught:
+        spec.op(**error.make(device))
+    assert error.message in str(caught.value)
+
+
+@by_op
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_opcheck(spec, device):
+    for case in spec.tests()[1:5]:
+        for layout in spec.layouts:
+            inputs = case.inputs(torch.float32, device, layout)
+            for name in spec.differentiable:
+                inputs[name].requires_grad_()
+            with _Record(spec.operators[0]) as calls:
+                spec.op(**inputs)
+            torch.library.opcheck(getattr(torch.ops.pvk, spec.operators[0]).default, calls[0])
+
+
+@by_op
+def test_runs_our_operator_and_not_torchvisions(spec, device):
+    inputs = spec.tests()[1].inputs(torch.float32, device)
+    with torch.profiler.profile() as profile:
+        spec.op(**inputs)
+    names = {event.key for event in profile.key_averages()}
+    assert f"pvk::{spec.operators[0]}" in names
+    assert not [name for name in names if name.startswith("torchvision::")]
+
+
+@by_op
+def test_two_runs_are_equal_bit_for_bit(spec, device):
+    # An output, or a gradient, may not depend on the number of threads either.
+    inputs = spec.tests()[0].inputs(torch.float32, device)
+    threads = torch.get_num_threads()
+    runs = []
+    try:
+        for count in (1, threads, 7):
+            torch.set_num_threads(count)
+            leaves = {name: inputs[name].detach().requires_grad_() for name in spec.differentiable}
+            output = spec.op(**{**inputs, **leaves})
+            grads = torch.autograd.grad(output, list(leaves.values()), torch.ones_like(output)) if leaves else []
+            runs.append([output.detach(), *grads])
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        for one, other in zip(runs[0], run, strict=True):
+            assert torch.equal(one, other)
+
+
+@by_op
+def test_under_compile_fullgraph(spec, device):
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(spec.op, fullgraph=True, backend="aot_eager")
+        for case in spec.tests()[1:4]:
+            inputs = case.inputs(torch.float32, device)
+            torch.testing.assert_close(compiled(**inputs), spec.op(**inputs), rtol=0, atol=0)
+    torch._dynamo.reset()
+
+
+@by_op
+def test_autocast_gives_the_dtype_that_torchvision_gives(spec, device):
+    if device == "cpu" and spec.name == "nms":
+        single = spec.tests()[2].inputs(torch.float32, device)
+        mixed = {**single, "scores": single["scores"].bfloat16()}
+        with torch.autocast(device, torch.bfloat16):
+            assert torch.equal(spec.op(**mixed), spec.op(**{**single, "scores": mixed["scores"].float()}))
+        return
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        inputs = spec.tests()[1].inputs(dtype, device)
+        with torch.autocast(device, torch.bfloat16):
+            assert spec.op(**inputs).dtype == spec.op(**inputs).dtype
+            ours, theirs = spec.op(**inputs), spec.peer(**inputs)
+        assert ours.dtype == theirs.dtype
+
+
+class _Record:
+    """Arguments with which an operator is called."""
+
+    def __init__(self, name: str):
+        self.op = REGISTRY[name]
+        self.calls: list[tuple] = []
+
+    def __enter__(self) -> list[tuple]:
+        self.overload = self.op.overload
+
+        def record(*args):
+            self.calls.append(args)
+            return self.overload(*args)
+
+        self.op.overload = record
+        return self.calls
+
+    def __exit__(self, *error) -> None:
+        self.op.overload = self.overload

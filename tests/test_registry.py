@@ -1,0 +1,90 @@
+"""An op has one name in every folder, and everything that an op must have."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyvision_kernels as pvk
+from pyvision_kernels._case import all_cases
+from pyvision_kernels._op import REGISTRY
+
+ROOT = Path(__file__).resolve().parent.parent
+OPS = sorted(path.parent.name for path in (ROOT / "pyvision_kernels" / "ops").glob("*/__init__.py"))
+CSRC = ROOT / "csrc"
+every_op = pytest.mark.parametrize("op", OPS)
+
+
+def test_the_folders_agree():
+    assert sorted(path.name for path in (CSRC / "ops").iterdir()) == OPS
+    assert sorted(path.stem for path in (ROOT / "docs" / "ops").glob("*.md")) == OPS
+    assert sorted(path.stem.removeprefix("test_") for path in (ROOT / "tests" / "ops").glob("test_*.py")) == OPS
+    assert [spec.name for spec in all_cases()] == OPS
+
+
+@every_op
+def test_op_has_its_files(op):
+    for path in (
+        *(f"csrc/ops/{op}/{name}" for name in (f"{op}.h", f"{op}.cpp", "cpu.cpp", "cuda.cu")),
+        *(f"pyvision_kernels/ops/{op}/{name}" for name in ("__init__.py", "reference.py", "cases.py")),
+    ):
+        assert (ROOT / path).is_file(), f"{op} lacks {path}"
+
+
+@every_op
+def test_op_is_exported_and_documented(op):
+    function = getattr(pvk.ops, op)
+    assert op in pvk.ops.__all__
+    for section in ("Args:", "Returns:", "Raises:", "Note: ", "Reference: "):
+        assert section in function.__doc__, f"the docstring of {op} lacks '{section}'"
+    text = (ROOT / "docs" / "ops" / f"{op}.md").read_text()
+    assert len(text.split()) > 300, "the maths, the kernels, the differences"
+
+
+@every_op
+def test_op_has_cases(op):
+    spec = next(spec for spec in all_cases() if spec.name == op)
+    assert len(spec.tests()) >= 5
+    assert spec.benchmarks(full=False), "at least one benchmark in the quick set"
+    assert spec.errors
+    names = [case.name for case in spec.cases]
+    assert len(names) == len(set(names))
+    dtypes = {dtype for case in spec.tests() for dtype in case.dtypes}
+    assert {torch.float32, torch.float64, torch.float16, torch.bfloat16} <= dtypes
+
+
+def test_every_operator_has_a_fake_and_belongs_to_an_op():
+    owned = {name for spec in all_cases() for name in spec.operators}
+    assert owned == set(REGISTRY)
+    for name in REGISTRY:
+        assert torch._library.simple_registry.singleton.find(f"pvk::{name}").fake_impl.kernel is not None
+
+
+@every_op
+def test_binding_registers_every_operator(op):
+    spec = next(spec for spec in all_cases() if spec.name == op)
+    binding = (CSRC / "ops" / op / f"{op}.cpp").read_text()
+    assert set(re.findall(r'm\.impl\("(\w+)"', binding)) == set(spec.operators)
+
+
+def _sources(pattern: str) -> list[Path]:
+    return sorted(CSRC.rglob(pattern))
+
+
+@pytest.mark.parametrize(
+    "path", _sources("*.cu") + _sources("*.cuh") + _sources("cpu.cpp"), ids=lambda path: str(path.relative_to(CSRC))
+)
+def test_kernel_file_follows_the_rules(path):
+    text = path.read_text()
+    assert not re.search(r"#include\s*[<\"](torch|ATen|c10|pybind11)/", text), "a torch header in a kernel file"
+    assert "<<<" not in text, "a launch outside core/launch.h"
+    assert "__shared__" not in text or path.name == "warp.cuh", "shared memory only through the macros"
+    assert not re.search(r"\basm\b", text) or path.parent.name == "core", "PTX only behind a wrapper in core"
+
+
+def test_every_source_opens_with_what_it_is():
+    for path in [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), *CSRC.rglob("*.cu"), *(CSRC / "ops").rglob("*.cpp")]:
+        assert path.read_text().startswith("//"), path
