@@ -74,6 +74,8 @@ def gencode_flags(archs: list[str]) -> str:
         match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch)
         if match is None:
             raise BuildError(f"expected TORCH_CUDA_ARCH_LIST to be like '8.0;9.0+PTX', but got '{arch}' in it")
+        if int(match[1]) < 8:
+            raise BuildError(f"expected TORCH_CUDA_ARCH_LIST to name 8.0 or later, but got '{arch}' in it")
         code = f"{match[1]}{match[2]}{match[3]}"
         flags.append(f"-gencode arch=compute_{code},code=sm_{code}")
         if match[4]:

@@ -30,7 +30,7 @@ class Case:
         name: Says what it is a case of.
         make: Takes a seeded generator, returns the public function's keyword arguments, tensors in float64.
         dtypes: Element types that the case makes sense in.
-        peer_rows: How many rows of the boxes the peer can be given (hostile boxes come last); None: all, 0: no peer.
+        for_peer: Maps the inputs to what the peer can be given (it may crash on hostile ones), None: nothing.
         bench: "", "quick" (make bench) or "full" (make bench-full only).
         single: Arguments that stay float32 beside 16-bit inputs.
     """
@@ -38,7 +38,7 @@ class Case:
     name: str
     make: Callable[[torch.Generator], Inputs]
     dtypes: tuple[torch.dtype, ...] = DTYPES
-    peer_rows: int | None = None
+    for_peer: Callable[[Inputs], Inputs | None] = lambda inputs: inputs
     bench: str = ""
     single: tuple[str, ...] = ()
 

@@ -13,13 +13,20 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def require(condition: bool, op: str, expected: str, value: Any) -> None:
     """Raises RuntimeError in the project's words unless the condition holds."""
     if not condition:
+        value = list(value) if isinstance(value, torch.Size) else value
         raise RuntimeError(f"{op}: expected {expected}, but got {value}")
 
 
 def as_pair(op: str, argument: str, value: int | Sequence[int]) -> tuple[int, int]:
     """An int becomes a pair; both must be positive."""
-    pair = (value, value) if isinstance(value, int | torch.SymInt) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(item, int | torch.SymInt) for item in pair):
+    if type(value) is int and value > 0:
+        return value, value
+    pair = (value, value) if isinstance(value, int | torch.SymInt) else value
+    if (
+        not isinstance(pair, Sequence)
+        or len(pair) != 2
+        or not all(isinstance(item, int | torch.SymInt) for item in pair)
+    ):
         raise TypeError(f"{op}: expected {argument} to be an int or a pair of ints, but got {value}")
     if not all(item > 0 for item in pair):
         raise ValueError(f"{op}: expected {argument} to be positive, but got {value}")

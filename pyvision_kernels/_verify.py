@@ -49,7 +49,7 @@ def run_case(spec: OpCases, case: Case, dtype: torch.dtype, device: str, layout:
     ours = _forward_backward(spec, spec.op, inputs)
     precise = {name: _double(value) for name, value in inputs.items()}
     exact = _forward_backward(spec, spec.reference, precise)
-    peer, exact_of_peer = _run_peer(spec, case, inputs, precise, exact)
+    peer, exact_of_peer = _run_peer(spec, case, inputs, exact)
     for index, direction in enumerate(("forward", "backward")[: len(ours)]):
         error, problem = _relative_error(
             ours[index], exact[index], like=inputs[spec.differentiable[0]] if index else None
@@ -78,13 +78,14 @@ def _run_exact(spec: OpCases, case: Case, dtype: torch.dtype, device: str, layou
     return Result(*labels, "forward", float(len(wrong)), 0.0, 0.0, note)
 
 
-def _run_peer(spec: OpCases, case: Case, inputs: Inputs, precise: Inputs, exact: list[Tensor]) -> Any:
-    """The peer's outputs, and the exact ones for the same rows."""
-    if case.peer_rows == 0:
+def _run_peer(spec: OpCases, case: Case, inputs: Inputs, exact: list[Tensor]) -> Any:
+    """The peer's outputs on what it can be given, and the exact ones for the same inputs."""
+    given = case.for_peer(inputs)
+    if given is None:
         return None, None
-    if case.peer_rows is not None and case.peer_rows < len(inputs["boxes"]):
-        inputs = {**inputs, "boxes": inputs["boxes"][: case.peer_rows]}
-        exact = _forward_backward(spec, spec.reference, {**precise, "boxes": precise["boxes"][: case.peer_rows]})
+    if given is not inputs:
+        exact = _forward_backward(spec, spec.reference, {name: _double(value) for name, value in given.items()})
+    inputs = given
     first = inputs[spec.differentiable[0]]
     same = all(value.dtype == first.dtype for value in inputs.values() if isinstance(value, Tensor))
     try:

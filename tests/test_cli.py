@@ -25,7 +25,7 @@ def test_verify_passes_and_prints_every_op(capsys):
 
 
 def test_verify_refuses_an_unknown_op():
-    with pytest.raises(SystemExit, match="expected ops among nms, roi_align, but got convolve"):
+    with pytest.raises(SystemExit, match=r"expected ops among .*nms.*, but got convolve"):
         main(["verify", "convolve"])
 
 

@@ -14,6 +14,10 @@
 #include "core/memory.h"
 #include "core/types.h"
 
+#if !defined(STABLE_TORCH_ERROR_CODE_CHECK)  // torch 2.11
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 // The build compiles each binding once into each library: PVK_NAMESPACE::op for the dispatch key PVK_DISPATCH_KEY.
 #define PVK_LIBRARY_IMPL_(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
 #define PVK_LIBRARY_IMPL(m) PVK_LIBRARY_IMPL_(PVK_NAMESPACE, PVK_DISPATCH_KEY, m)
@@ -53,14 +57,15 @@ inline DType dtype_of(const char* op, const char* argument, const Tensor& tensor
     case ScalarType::BFloat16:
       return DType::kBFloat16;
     default:
-      fail(op, ": expected ", argument, " to be float16, bfloat16, float32 or float64, but got another dtype");
+      fail(op, ": expected ", argument, " to be float16, bfloat16, float32 or float64, but got ", tensor.scalar_type());
   }
 }
 
 inline void check_same_device(const char* op, const char* argument, const Tensor& tensor, const char* other_argument,
                               const Tensor& other) {
-  PVK_CHECK(tensor.device() == other.device(), op, ": expected ", argument, " to be on the same device as ",
-            other_argument);
+  const auto kind = [](const Tensor& t) { return t.is_cuda() ? "cuda:" : t.is_cpu() ? "cpu:" : "another device:"; };
+  PVK_CHECK(tensor.device() == other.device(), op, ": expected ", argument, " to be on the device of ", other_argument,
+            ", but got ", kind(tensor), tensor.get_device_index());
 }
 
 // Uninitialised, on the device of `like`.

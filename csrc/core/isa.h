@@ -1,8 +1,9 @@
 // CPU kernels are compiled once for each instruction set, side by side, and picked at run time.
 //
 // A kernel file lives in `namespace PVK_ISA` (baseline, avx2 or avx512; the build defines it) and ends with
-// PVK_CPU_ENTRY, which the baseline copy expands to the dispatcher. Everything inline that a kernel file uses is in
-// that namespace too: a std:: template compiled for AVX-512 would be merged by the linker with the baseline's.
+// PVK_CPU_ENTRY, which the baseline copy expands to the dispatcher. Whatever inline code a kernel file uses is in that
+// namespace too, or always inlined: a std:: template compiled for AVX-512 would be merged by the linker with the
+// baseline's.
 #pragma once
 
 namespace pvk {

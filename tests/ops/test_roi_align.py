@@ -132,6 +132,15 @@ def test_box_list_equals_joined_boxes(device):
     assert roi_align(input, [boxes[:0, 1:], boxes[:0, 1:]], 3).shape == (0, 5, 3, 3)
 
 
+def test_box_list_of_many_images_in_16_bits(device):
+    # 257 and 2049 have no bfloat16 and float16.
+    for dtype, images in ((torch.bfloat16, 260), (torch.float16, 2052)):
+        input = torch.arange(images, device=device).to(dtype).view(-1, 1, 1, 1).expand(images, 1, 2, 2)
+        box = torch.tensor([[0.0, 0, 1, 1]], device=device, dtype=dtype)
+        output = roi_align(input, [box] * images, 1)
+        assert torch.equal(output.flatten(), input[:, 0, 0, 0])
+
+
 @pytest.mark.parametrize("in_dims", [(0, 0), (0, None), (None, 0), (1, 0), (2, 1)])
 def test_vmap_equals_a_loop(device, in_dims):
     inputs, boxes = zip(*(_inputs(device) for _ in range(3)), strict=True)

@@ -143,13 +143,13 @@ class Grid {
   }
 
   bool suppresses(const Box<T>& box, const Threshold<T>& threshold) const {
-    if (!is_ordinary(box)) return search(all_, all_chunks_, box, threshold);
+    if (!is_ordinary(box) || !(reach_ < 1e6)) return search(all_, all_chunks_, box, threshold);
     const double x = center(box.x1, box.x2), dx = reach_ * (double(box.x2) - double(box.x1));
     const double y = center(box.y1, box.y2), dy = reach_ * (double(box.y2) - double(box.y1));
     const int64_t column = column_of(x - dx), last_column = column_of(x + dx);
     const int64_t row = row_of(y - dy), last_row = row_of(y + dy);
     const int64_t cells = (last_row - row + 1) * (last_column - column + 1);
-    if (cells > all_chunks_ || !(reach_ < 1e6)) return search(all_, all_chunks_, box, threshold);
+    if (cells > all_chunks_) return search(all_, all_chunks_, box, threshold);
     if (search(odd_, odd_chunks_, box, threshold)) return true;
     for (int64_t r = row; r <= last_row; ++r)
       for (int64_t c = column; c <= last_column; ++c)

@@ -24,7 +24,8 @@ Tensor forward_op(const Tensor& boxes, const Tensor& scores, double iou_threshol
   check_same_device(kOp, "scores", scores, "boxes", boxes);
   NmsParams p{};
   p.dtype = dtype_of(kOp, "boxes", boxes);
-  PVK_CHECK(dtype_of(kOp, "scores", scores) == p.dtype, kOp, ": expected scores to have the dtype of boxes");
+  PVK_CHECK(dtype_of(kOp, "scores", scores) == p.dtype, kOp, ": expected scores to be ", boxes.scalar_type(),
+            " as boxes is, but got ", scores.scalar_type());
   p.N = boxes.size(0);
   Tensor keep = empty({p.N}, ScalarType::Long, boxes);
   if (p.N == 0) return keep;

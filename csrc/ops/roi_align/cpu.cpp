@@ -101,9 +101,12 @@ void order_rois(const RoiAlignParams& p, const Roi<T>* rois, Buffer<int64_t>& or
   for (int64_t n = 0; n <= p.N; ++n) starts[n] = 0;
   for (int64_t k = 0; k < p.K; ++k) {
     order[k] = k;
-    const int64_t image = rois[k].image < 0 ? p.N : rois[k].image;
-    if (image < p.N) ++starts[image + 1];
-    keys[k] = uint64_t(image) << 32 | uint64_t(tile(rois[k].y, p.H)) << 16 | uint64_t(tile(rois[k].x, p.W));
+    if (rois[k].image < 0) {  // last; its axes may be NaN
+      keys[k] = uint64_t(p.N) << 32;
+      continue;
+    }
+    ++starts[rois[k].image + 1];
+    keys[k] = uint64_t(rois[k].image) << 32 | uint64_t(tile(rois[k].y, p.H)) << 16 | uint64_t(tile(rois[k].x, p.W));
   }
   for (int64_t n = 0; n < p.N; ++n) starts[n + 1] += starts[n];
   radix_sort(keys, order, p.K);

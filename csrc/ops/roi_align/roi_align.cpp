@@ -39,7 +39,8 @@ void check_boxes(const char* op, const Tensor& map, const Tensor& boxes) {
   check_same_device(op, "boxes", boxes, "input", map);
   PVK_CHECK(boxes.scalar_type() == map.scalar_type() ||
                 (boxes.scalar_type() == ScalarType::Float && map.scalar_type() != ScalarType::Double),
-            op, ": expected boxes to have the dtype of input, or to be float32 beside a 16-bit input");
+            op, ": expected boxes to be ", map.scalar_type(),
+            " as input is, or float32 beside a 16-bit input, but got ", boxes.scalar_type());
 }
 
 Tensor forward_op(const Tensor& input, const Tensor& boxes, double spatial_scale, int64_t pooled_height,

@@ -10,19 +10,16 @@ from pyvision_kernels._op import declare
 
 
 def _check(boxes: Tensor, scores: Tensor) -> None:
-    require(boxes.dim() == 2 and boxes.size(1) == 4, "nms", "boxes to have size [N, 4]", list(boxes.shape))
-    require(
-        scores.dim() == 1 and scores.size(0) == boxes.size(0),
-        "nms",
-        f"scores to have size [{boxes.size(0)}]",
-        list(scores.shape),
-    )
-    require(scores.device == boxes.device, "nms", f"scores to be on the device of boxes, {boxes.device}", scores.device)
+    require(boxes.dim() == 2 and boxes.size(1) == 4, "nms", "boxes to have size [N, 4]", boxes.shape)
+    if scores.dim() != 1 or scores.size(0) != boxes.size(0):
+        require(False, "nms", f"scores to have size [{boxes.size(0)}]", scores.shape)
+    require(scores.device == boxes.device, "nms", "scores to be on the device of boxes", scores.device)
     if boxes.dtype not in FLOATING:
         raise NotImplementedError(
             f"nms: expected boxes to be float16, bfloat16, float32 or float64, but got {boxes.dtype}"
         )
-    require(scores.dtype == boxes.dtype, "nms", f"scores to be {boxes.dtype} as boxes is", scores.dtype)
+    if scores.dtype != boxes.dtype:
+        require(False, "nms", f"scores to be {boxes.dtype} as boxes is", scores.dtype)
 
 
 def _fake(boxes, scores, iou_threshold):
@@ -30,9 +27,10 @@ def _fake(boxes, scores, iou_threshold):
     return boxes.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.int64)
 
 
-def _cast(boxes, scores, iou_threshold):
-    single = (boxes.float(), scores.float()) if torch.float64 not in (boxes.dtype, scores.dtype) else (boxes, scores)
-    return *single, iou_threshold
+def _cast(boxes, scores, *rest):
+    if boxes.is_floating_point() and scores.is_floating_point() and torch.float64 not in (boxes.dtype, scores.dtype):
+        boxes, scores = boxes.float(), scores.float()
+    return boxes, scores, *rest
 
 
 nms_op = declare(
@@ -64,6 +62,5 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     Note: deterministic. Not differentiable.
     Reference: Neubeck and Van Gool, Efficient non-maximum suppression, 2006.
     """
-    if not torch.is_autocast_enabled(boxes.device.type):
-        _check(boxes, scores)
+    _check(*(_cast(boxes, scores) if torch.is_autocast_enabled(boxes.device.type) else (boxes, scores)))
     return nms_op(boxes, scores, iou_threshold)

@@ -13,20 +13,16 @@ from pyvision_kernels._op import declare
 
 
 def _check(input: Tensor, boxes: Tensor, op: str = "roi_align") -> None:
-    require(input.dim() == 4, op, "input to have 4 dimensions [N, C, H, W]", list(input.shape))
-    require(boxes.dim() == 2 and boxes.size(1) == 5, op, "boxes to have size [K, 5]", list(boxes.shape))
-    require(boxes.device == input.device, op, f"boxes to be on the device of input, {input.device}", boxes.device)
+    require(input.dim() == 4, op, "input to have 4 dimensions [N, C, H, W]", input.shape)
+    require(boxes.dim() == 2 and boxes.size(1) == 5, op, "boxes to have size [K, 5]", boxes.shape)
+    require(boxes.device == input.device, op, "boxes to be on the device of input", boxes.device)
     if input.dtype not in FLOATING:
         raise NotImplementedError(
             f"{op}: expected input to be float16, bfloat16, float32 or float64, but got {input.dtype}"
         )
-    mixed = boxes.dtype == torch.float32 and input.dtype in (torch.float16, torch.bfloat16)
-    require(
-        boxes.dtype == input.dtype or mixed,
-        op,
-        f"boxes to be {input.dtype} as input is, or float32 beside a 16-bit input",
-        boxes.dtype,
-    )
+    if boxes.dtype != input.dtype:
+        mixed = boxes.dtype == torch.float32 and input.dtype in (torch.float16, torch.bfloat16)
+        require(mixed, op, f"boxes to be {input.dtype} as input is, or float32 beside a 16-bit input", boxes.dtype)
 
 
 def _is_channels_last(input: Tensor) -> bool:
@@ -79,7 +75,7 @@ def _backward_double(ctx, grad):
 
 def _cast(input, boxes, *rest):
     # As torchvision: sampled in float32, returned in the dtype of input. The kernels accumulate in float32 anyway.
-    if input.dtype != torch.float64 and boxes.dtype != torch.float64:
+    if boxes.is_floating_point() and torch.float64 not in (input.dtype, boxes.dtype):
         boxes = boxes.float()
     return input, boxes, *rest
 
@@ -153,15 +149,15 @@ def _join_boxes(boxes: Tensor | Sequence[Tensor], input: Tensor) -> Tensor:
             f"roi_align: expected boxes to be a Tensor or a list of Tensors, but got {type(boxes).__name__}"
         )
     for item in boxes:
-        require(
-            item.dim() == 2 and item.size(1) == 4, "roi_align", "each of boxes to have size [K, 4]", list(item.shape)
-        )
+        require(item.dim() == 2 and item.size(1) == 4, "roi_align", "each of boxes to have size [K, 4]", item.shape)
     require(
         len(boxes) == input.size(0), "roi_align", f"one Tensor of boxes for each of {input.size(0)} images", len(boxes)
     )
     if not boxes:
         return input.new_empty((0, 5))
-    index = [item.new_full((item.size(0), 1), image) for image, item in enumerate(boxes)]
+    # An index beyond 256 needs more than 16 bits: cat() promotes, and float32 boxes go with every 16-bit input.
+    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    index = [item.new_full((item.size(0), 1), image, dtype=wide) for image, item in enumerate(boxes)]
     return torch.cat([torch.cat(index), torch.cat(list(boxes))], dim=1)
 
 
@@ -201,8 +197,7 @@ def roi_align(
     Reference: He et al., Mask R-CNN, 2017, section 3.
     """
     pooled_height, pooled_width = as_pair("roi_align", "output_size", output_size)
-    require(input.dim() == 4, "roi_align", "input to have 4 dimensions [N, C, H, W]", list(input.shape))
+    require(input.dim() == 4, "roi_align", "input to have 4 dimensions [N, C, H, W]", input.shape)
     boxes = _join_boxes(boxes, input)
-    if not torch.is_autocast_enabled(input.device.type):
-        _check(input, boxes)
+    _check(*(_cast(input, boxes) if torch.is_autocast_enabled(input.device.type) else (input, boxes)))
     return roi_align_op(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned)

@@ -54,8 +54,8 @@ def _case(
         }
 
     options.setdefault("single", ("boxes",))
-    if extra:
-        options.setdefault("peer_rows", count)
+    if extra:  # hostile boxes come last
+        options.setdefault("for_peer", lambda inputs: {**inputs, "boxes": inputs["boxes"][:count]})
     return Case(name, make, **options)
 
 
@@ -103,11 +103,19 @@ CASES = OpCases(
         _case("one_row_map", (1, 18, 1, 37), 5, (2, 3)),
         _case("upsampled_boxes", (1, 16, 24, 24), 7, 7, sides=(1.0, 3.0)),
         _case("no_boxes", (2, 8, 6, 7), 0),
-        _case("no_images", (0, 8, 6, 7), 3, peer_rows=0),
-        _case("no_channels", (2, 0, 6, 7), 3, peer_rows=0),
-        _case("empty_map", (2, 8, 0, 7), 3, peer_rows=0),
-        _case("empty_and_inverted_boxes", (2, 21, 20, 26), 6, 3, extra=EMPTY, peer_rows=11),
-        _case("empty_and_inverted_boxes_aligned", (2, 21, 20, 26), 6, 3, aligned=True, extra=EMPTY, peer_rows=11),
+        _case("no_images", (0, 8, 6, 7), 3, for_peer=lambda _: None),
+        _case("no_channels", (2, 0, 6, 7), 3, for_peer=lambda _: None),
+        _case("empty_map", (2, 8, 0, 7), 3, for_peer=lambda _: None),
+        _case("empty_and_inverted_boxes", (2, 21, 20, 26), 6, 3, extra=EMPTY, for_peer=lambda inputs: inputs),
+        _case(
+            "empty_and_inverted_boxes_aligned",
+            (2, 21, 20, 26),
+            6,
+            3,
+            aligned=True,
+            extra=EMPTY,
+            for_peer=lambda inputs: inputs,
+        ),
         _case("empty_boxes_adaptive", (2, 9, 20, 26), 6, 3, sampling_ratio=-1, aligned=True, extra=EMPTY),
         _case("hostile", (2, 35, 20, 26), 9, 3, extra=HOSTILE, dtypes=(torch.float32, torch.float64, torch.bfloat16)),
         _case(
@@ -168,7 +176,8 @@ CASES = OpCases(
                 "output_size": 2,
             },
             RuntimeError,
-            "roi_align: expected boxes to be torch.float32 as input is, or float32 beside a 16-bit input, but got torch.float64",
+            "roi_align: expected boxes to be torch.float32 as input is, or float32 beside a 16-bit input, "
+            "but got torch.float64",
         ),
         ErrorCase(
             "boxes_device",
@@ -209,6 +218,16 @@ CASES = OpCases(
             },
             TypeError,
             "roi_align: expected output_size to be an int or a pair of ints, but got (1, 2, 3)",
+        ),
+        ErrorCase(
+            "output_size_float",
+            lambda device: {
+                "input": torch.rand(1, 3, 4, 4, device=device),
+                "boxes": torch.rand(7, 5, device=device),
+                "output_size": 7.0,
+            },
+            TypeError,
+            "roi_align: expected output_size to be an int or a pair of ints, but got 7.0",
         ),
         ErrorCase(
             "boxes_type",

@@ -1,0 +1,106 @@
+"""The build says what it does and why, and fails loudly where it cannot do what it was told."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what a build needs, without results of builds."""
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("csrc", "pyvision_kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def _build(tree: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "setup.py", *(arguments or ("build_ext", "--inplace"))],
+        cwd=tree,
+        env={**os.environ, "MAX_JOBS": "2", **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def _fake_torch(tree: Path, cuda: str | None) -> str:
+    package = tree / "fake" / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(f"__version__ = '2.14.1'\nclass version:\n    cuda = {cuda!r}\n")
+    return str(package.parent)
+
+
+def test_cuda_is_refused_with_the_reason_where_torch_has_none(tree):
+    run = _build(tree, PVK_BUILD="cuda", PYTHONPATH=_fake_torch(tree, None))
+    assert run.returncode != 0
+    assert "error: PVK_BUILD=cuda, but torch 2.14.1 is a build without CUDA" in run.stderr
+
+
+def test_nvcc_of_another_major_release_is_refused(tree):
+    (tree / "cuda" / "bin").mkdir(parents=True)
+    (tree / "cuda" / "lib64").mkdir()
+    (tree / "cuda" / "lib64" / "libcudart.so").touch()
+    nvcc = tree / "cuda" / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n")
+    nvcc.chmod(0o755)
+    run = _build(tree, PVK_BUILD="cuda", CUDA_HOME=str(tree / "cuda"), PYTHONPATH=_fake_torch(tree, "13.0"))
+    assert run.returncode != 0
+    assert "is of CUDA 11.8, but torch was built with CUDA 13.0" in run.stderr
+
+
+def test_unknown_kind_of_build_is_refused(tree):
+    run = _build(tree, PVK_BUILD="rocm")
+    assert run.returncode != 0
+    assert "expected PVK_BUILD to be cpu, cuda or auto, but got 'rocm'" in run.stderr
+
+
+def test_missing_torch_is_named(tree):
+    package = tree / "fake" / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('No module named torch')")
+    run = _build(tree, PYTHONPATH=str(package.parent))
+    assert run.returncode != 0
+    assert "No module named torch; install torch, ninja and pybind11 first" in run.stderr
+
+
+@pytest.mark.slow
+def test_wheel_works_away_from_the_source(tree, tmp_path):
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    environment = {**os.environ, "PVK_BUILD": "cpu", "MAX_JOBS": "2"}
+    wheel = [*pip, "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", str(tmp_path / "wheels"), str(tree)]
+    run = subprocess.run(wheel, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "building CPU only for torch" in run.stdout
+    site = tmp_path / "site"
+    files = [str(path) for path in (tmp_path / "wheels").glob("*.whl")]
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), *files], check=True, capture_output=True)
+    code = (
+        "import torch, pyvision_kernels as pvk\n"
+        "assert pvk.build_info()['cuda'] is False\n"
+        "print(pvk.__file__, pvk.ops.nms(torch.rand(3, 4), torch.rand(3), 0.5).shape)"
+    )
+    python = [sys.executable, "-c", code]
+    run = subprocess.run(python, cwd="/", env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert str(site) in run.stdout
+
+
+@pytest.mark.slow
+def test_wrong_architecture_list_is_named(tree):
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc on PATH")
+    run = _build(tree, PVK_BUILD="cuda", TORCH_CUDA_ARCH_LIST="8.0;volta")
+    assert run.returncode != 0
+    assert "expected TORCH_CUDA_ARCH_LIST to be like '8.0;9.0+PTX', but got 'volta' in it" in run.stderr
