@@ -50,7 +50,7 @@ def test_opcheck(spec, device):
 @by_op
 def test_runs_our_operator_and_not_torchvisions(spec, device):
     inputs = spec.tests()[1].inputs(torch.float32, device)
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         spec.op(**inputs)
     names = {event.key for event in profile.key_averages()}
     assert f"pvk::{spec.operators[0]}" in names

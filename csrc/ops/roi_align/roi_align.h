@@ -31,7 +31,7 @@ struct RoiAlignParams {
 void forward(const RoiAlignParams& params, Stream stream);
 void backward(const RoiAlignParams& params, Stream stream);
 
-// ---- geometry: T is float, or double for float64 features ----
+// ---- geometry: T is float, or double for float64 features; products are rounded, so that all devices agree ----
 
 // One axis of a RoI: sample i of bin p lies at start + p * bin + (i + 0.5) * bin / grid, 0 <= i < grid.
 template <typename T>
@@ -65,8 +65,8 @@ template <typename T>
 PVK_HOST_DEVICE bool make_axis(T low, T high, T scale, int64_t pooled, int64_t sampling_ratio, bool aligned,
                                RoiAxis<T>& axis) {
   const T offset = aligned ? T(0.5) : T(0);
-  axis.start = low * scale - offset;
-  T length = high * scale - offset - axis.start;
+  axis.start = mul_rn(low, scale) - offset;
+  T length = mul_rn(high, scale) - offset - axis.start;
   if (!is_finite(axis.start) || !is_finite(length)) return false;
   if (!aligned) length = max_of(length, T(1));
   axis.bin = length / T(pooled);
@@ -76,7 +76,7 @@ PVK_HOST_DEVICE bool make_axis(T low, T high, T scale, int64_t pooled, int64_t s
 
 template <typename T>
 PVK_HOST_DEVICE T sample_position(const RoiAxis<T>& axis, int64_t p, int64_t i) {
-  return axis.start + T(p) * axis.bin + (T(i) + T(0.5)) * axis.bin / axis.grid;
+  return axis.start + mul_rn(T(p), axis.bin) + mul_rn(T(i) + T(0.5), axis.bin) / axis.grid;
 }
 
 // Samples outside [-1, size] contribute nothing, so only those near the map are visited: an adaptive grid has one

@@ -1,0 +1,156 @@
+// What a kernel needs of its warp and of its scalars: shared memory, collectives, conversions, 16-byte access.
+// Collectives take the whole, converged warp.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "core/types.h"
+
+#define PVK_DEVICE __device__ __forceinline__
+
+// Shared memory: SIMT_SHARED(float[32][33], tile). The host emulator brings its own two macros.
+#if !defined(SIMT_SHARED)
+#define SIMT_SHARED(type, name) __shared__::std::type_identity_t<type> name
+#define SIMT_DYN_SHARED(type, name)                                           \
+  extern __shared__ __align__(16) unsigned char simt_dynamic_shared_memory[]; \
+  type* const name = reinterpret_cast<type*>(simt_dynamic_shared_memory)
+#endif
+
+namespace pvk {
+
+// ---- warp ----
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+template <typename T>
+PVK_DEVICE T shfl(T value, int lane) {
+  return __shfl_sync(kFullWarp, value, lane);
+}
+template <typename T>
+PVK_DEVICE T shfl_xor(T value, int mask) {
+  return __shfl_xor_sync(kFullWarp, value, mask);
+}
+PVK_DEVICE unsigned ballot(bool predicate) {
+  return __ballot_sync(kFullWarp, predicate);
+}
+PVK_DEVICE unsigned reduce_add(unsigned value) {
+  return __reduce_add_sync(kFullWarp, value);
+}
+PVK_DEVICE unsigned reduce_max(unsigned value) {
+  return __reduce_max_sync(kFullWarp, value);
+}
+PVK_DEVICE uint64_t reduce_or(uint64_t value) {
+  const unsigned low = __reduce_or_sync(kFullWarp, unsigned(value));
+  const unsigned high = __reduce_or_sync(kFullWarp, unsigned(value >> 32));
+  return uint64_t(high) << 32 | low;
+}
+PVK_DEVICE void sync_warp() {
+  __syncwarp(kFullWarp);
+}
+
+// Bits below `index`; index < the word's width.
+PVK_DEVICE constexpr unsigned bits_below(int index) {
+  return (1u << index) - 1;
+}
+PVK_DEVICE constexpr uint64_t bits_below64(int index) {
+  return (uint64_t(1) << index) - 1;
+}
+
+// A word that other blocks may be changing by atomics.
+PVK_DEVICE unsigned load_relaxed(const unsigned* address) {
+  return *static_cast<const volatile unsigned*>(address);
+}
+
+// ---- scalars: arithmetic is in float, or double for double; stores round to nearest even ----
+
+template <typename scalar_t>
+using opmath_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+PVK_DEVICE float to_opmath(float value) {
+  return value;
+}
+PVK_DEVICE double to_opmath(double value) {
+  return value;
+}
+PVK_DEVICE float to_opmath(__half value) {
+  return __half2float(value);
+}
+PVK_DEVICE float to_opmath(__nv_bfloat16 value) {
+  return __bfloat162float(value);
+}
+
+template <typename scalar_t>
+PVK_DEVICE scalar_t from_opmath(opmath_t<scalar_t> value) {
+  if constexpr (std::is_same_v<scalar_t, __half>) {
+    return __float2half_rn(value);
+  } else if constexpr (std::is_same_v<scalar_t, __nv_bfloat16>) {
+    return __float2bfloat16_rn(value);
+  } else {
+    return value;
+  }
+}
+
+template <typename T, typename scalar_t, int N>
+PVK_DEVICE void load_strided(const void* data, int64_t begin, int64_t stride, T (&out)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) out[i] = T(to_opmath(__ldg(static_cast<const scalar_t*>(data) + begin + i * stride)));
+}
+
+// N elements of an array whose dtype only the run knows; the N loads are in flight together.
+template <typename T, int N>
+PVK_DEVICE void load_strided(const void* data, DType dtype, int64_t begin, int64_t stride, T (&out)[N]) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return load_strided<T, float>(data, begin, stride, out);
+    case DType::kFloat64:
+      return load_strided<T, double>(data, begin, stride, out);
+    case DType::kFloat16:
+      return load_strided<T, __half>(data, begin, stride, out);
+    case DType::kBFloat16:
+      return load_strided<T, __nv_bfloat16>(data, begin, stride, out);
+  }
+}
+
+// ---- vectors: one 16-byte access where N * sizeof(T) is 16 ----
+
+template <typename T, int N>
+struct alignas(N * sizeof(T)) VecN {
+  T data[N];
+};
+
+template <typename scalar_t>
+constexpr int kVec16 = 16 / int(sizeof(scalar_t));
+
+// Read-only data: the caller knows that nothing writes it during the kernel.
+template <int N, typename T>
+PVK_DEVICE VecN<T, N> load_vec(const T* address) {
+  VecN<T, N> vec;
+  if constexpr (N == 1) {
+    vec.data[0] = __ldg(address);
+  } else {
+    static_assert(sizeof(vec) == sizeof(uint4));
+    const uint4 raw = __ldg(reinterpret_cast<const uint4*>(address));
+    __builtin_memcpy(&vec, &raw, sizeof(vec));
+  }
+  return vec;
+}
+
+template <int N, typename T>
+PVK_DEVICE void store_vec(T* address, const VecN<T, N>& vec) {
+  if constexpr (N == 1) {
+    *address = vec.data[0];
+  } else {
+    static_assert(sizeof(vec) == sizeof(uint4));
+    uint4 raw;
+    __builtin_memcpy(&raw, &vec, sizeof(vec));
+    __stwb(reinterpret_cast<uint4*>(address), raw);  // a plain store may be split into words
+  }
+}
+
+}  // namespace pvk
