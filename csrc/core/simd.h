@@ -185,12 +185,17 @@ PVK_INLINE Vec<float> load(const BFloat16* source) {
   return (Vec<float>)(__builtin_convertvector(raw, VecU32) << 16);
 }
 
-PVK_INLINE void store(BFloat16* target, Vec<float> value) {
+// The bits of a bfloat16 in the low half of each lane, rounded to nearest even; NaN stays NaN.
+PVK_INLINE VecU32 round_to_bfloat16(Vec<float> value) {
   const VecU32 bits = (VecU32)value;
   const VecU32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const VecU32 quiet = (bits >> 16) | 0x0040;
   const VecU32 is_nan = (VecU32)(value != value);
-  const HalfVecU16 raw = __builtin_convertvector((quiet & is_nan) | (rounded & ~is_nan), HalfVecU16);
+  return (quiet & is_nan) | (rounded & ~is_nan);
+}
+
+PVK_INLINE void store(BFloat16* target, Vec<float> value) {
+  const HalfVecU16 raw = __builtin_convertvector(round_to_bfloat16(value), HalfVecU16);
   std::memcpy(target, &raw, sizeof(raw));
 }
 
@@ -214,6 +219,34 @@ PVK_INLINE void store(Float16* target, Vec<float> value) {
 #else
   for (int lane = 0; lane < kLanes<float>; ++lane) target[lane] = from_float<Float16>(value[lane]);
 #endif
+}
+
+// ---- two vectors of 2 * kLanes neighbours, in the order that converts fastest; store_pair undoes load_pair ----
+
+template <typename scalar_t, typename T>
+PVK_INLINE void load_pair(const scalar_t* source, Vec<T>& first, Vec<T>& second) {
+  first = load(source);
+  second = load(source + kLanes<T>);
+}
+
+template <typename scalar_t, typename T>
+PVK_INLINE void store_pair(scalar_t* target, Vec<T> first, Vec<T> second) {
+  store(target, first);
+  store(target + kLanes<T>, second);
+}
+
+template <>
+PVK_INLINE void load_pair<BFloat16, float>(const BFloat16* source, Vec<float>& even, Vec<float>& odd) {
+  VecU32 raw;
+  std::memcpy(&raw, source, sizeof(raw));
+  even = (Vec<float>)(raw << 16);
+  odd = (Vec<float>)(raw & 0xffff0000u);
+}
+
+template <>
+PVK_INLINE void store_pair<BFloat16, float>(BFloat16* target, Vec<float> even, Vec<float> odd) {
+  const VecU32 raw = round_to_bfloat16(even) | (round_to_bfloat16(odd) << 16);
+  std::memcpy(target, &raw, sizeof(raw));
 }
 
 // ---- masks: all ones where true ----

@@ -175,7 +175,7 @@ class Grid {
   }
 
  private:
-  static constexpr double kBoxesPerCell = 8;
+  static constexpr double kBoxesPerCell = 12;
 
   static bool is_finite_box(const Box<T>& box) {
     return is_finite(box.x1) && is_finite(box.y1) && is_finite(box.x2) && is_finite(box.y2);

@@ -112,7 +112,7 @@ void order_rois(const RoiAlignParams& p, const Roi<T>* rois, Buffer<int64_t>& or
   radix_sort(keys, order, p.K);
 }
 
-// Vecs * kLanes channels of one bin.
+// Vecs * kLanes channels of one bin; an even number of vectors is in the order of load_pair.
 template <int Vecs, typename elem_t, typename T>
 PVK_INLINE void pool_bin(const elem_t* map, const RoiTaps<T>& taps, int64_t ph, int64_t pw, Vec<T>* sum) {
 #pragma GCC unroll 4
@@ -122,8 +122,16 @@ PVK_INLINE void pool_bin(const elem_t* map, const RoiTaps<T>& taps, int64_t ph, 
     for (int64_t j = taps.x.begin[pw]; j < taps.x.begin[pw + 1]; ++j) {
       const Vec<T> weight = splat(taps.y.weight[i] * taps.x.weight[j]);
       const elem_t* pixel = row + taps.x.offset[j];
+      Vec<T> value[Vecs];
+      if constexpr (Vecs % 2 == 0) {
+#pragma GCC unroll 2
+        for (int v = 0; v < Vecs; v += 2) load_pair<elem_t, T>(pixel + v * kLanes<T>, value[v], value[v + 1]);
+      } else {
+#pragma GCC unroll 3
+        for (int v = 0; v < Vecs; ++v) value[v] = load(pixel + v * kLanes<T>);
+      }
 #pragma GCC unroll 4
-      for (int v = 0; v < Vecs; ++v) sum[v] = fma(load(pixel + v * kLanes<T>), weight, sum[v]);
+      for (int v = 0; v < Vecs; ++v) sum[v] = fma(value[v], weight, sum[v]);
     }
   }
 }
@@ -139,8 +147,8 @@ void pool_in_place(const RoiAlignParams& p, const scalar_t* image, const RoiTaps
       Vec<T> sum[kMaxVecs];
       for (; c + kMaxVecs * kVec <= p.C; c += kMaxVecs * kVec) {
         pool_bin<kMaxVecs>(image + c, taps, ph, pw, sum);
-#pragma GCC unroll 4
-        for (int v = 0; v < kMaxVecs; ++v) store(out + c + v * kVec, sum[v]);
+#pragma GCC unroll 2
+        for (int v = 0; v < kMaxVecs; v += 2) store_pair<scalar_t, T>(out + c + v * kVec, sum[v], sum[v + 1]);
       }
       for (; c < p.C; c += kVec) {
         const int64_t first = min_of(c, p.C - kVec);

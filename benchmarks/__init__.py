@@ -1,0 +1,1 @@
+"""Throughput of the kernels against PyTorch's ecosystem: `python -m benchmarks`."""

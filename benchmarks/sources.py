@@ -1,0 +1,53 @@
+"""Which sources a kernel is made of, and one hash of them: a figure or a verification holds for that hash only."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def op_names() -> list[str]:
+    """Ops that have kernels in C++ or CUDA."""
+    return sorted(path.name for path in (ROOT / "csrc" / "ops").iterdir() if path.is_dir())
+
+
+# What only the CPU kernels are made of: a GPU's verification outlives a change of it.
+CPU_ONLY = {
+    "cpu.cpp",
+    *(f"{name}.h" for name in ("buffer", "dispatch", "isa", "memory", "parallel", "radix_sort", "simd", "transpose")),
+}
+
+
+def kernel_sources(op: str, device: str) -> list[Path]:
+    """The op's own files and the headers that its kernels may include, on "cpu" or "cuda"."""
+    own = [path for path in (ROOT / "csrc" / "ops" / op).rglob("*") if path.is_file()]
+    core = [path for path in (ROOT / "csrc" / "core").iterdir() if path.suffix in (".h", ".cuh")]
+    return sorted(path for path in own + core if device == "cpu" or path.name not in CPU_ONLY)
+
+
+def files_below(*folders: str) -> list[Path]:
+    """C++, CUDA and Python sources below folders of the repository; a file stands for itself."""
+    found: list[Path] = []
+    for name in folders:
+        path = ROOT / name
+        files = [path] if path.is_file() else path.rglob("*")
+        found += [file for file in files if file.suffix in (".h", ".cuh", ".cpp", ".cu", ".py")]
+    return sorted(found)
+
+
+def hash_of(files: Iterable[Path]) -> str:
+    """sha256 of the names (below the root) and contents."""
+    digest = hashlib.sha256()
+    for path in files:
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(ROOT).as_posix()} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def kernel_hash(op: str, device: str) -> str:
+    return hash_of(kernel_sources(op, device))

@@ -1,0 +1,190 @@
+"""Ours against the peer: every benchmark case, in float32 (both layouts) and bfloat16, forward and backward.
+
+A row is timed only after its result was found right and our own operator was seen to have run.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import pair, sources
+from pyvision_kernels._case import Case, Inputs, OpCases, all_cases
+from pyvision_kernels._verify import Result, run_case
+
+# What is wrong, or not launch-bound, ends before it is timed.
+pytestmark = pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")
+
+LAUNCH_BOUND = 100e-6  # Seconds; a GPU call shorter than this is timed by graph replay too.
+CALLS_FOR_OVERHEAD = 200
+
+# So small that a call is nothing but its overhead.
+TINY = {
+    "roi_align": Case(
+        "per_call_overhead",
+        lambda generator: {
+            "input": torch.randn(1, 4, 4, 4, generator=generator, dtype=torch.float64),
+            "boxes": torch.tensor([[0, 0.5, 0.5, 3, 3]], dtype=torch.float64),
+            "output_size": 1,
+            "sampling_ratio": 1,
+        },
+    ),
+    "nms": Case(
+        "per_call_overhead",
+        lambda generator: {
+            "boxes": torch.tensor([[0, 0, 2, 2], [0, 0, 2, 3], [5, 5, 6, 6]], dtype=torch.float64),
+            "scores": torch.tensor([0.5, 0.7, 0.6], dtype=torch.float64),
+            "iou_threshold": 0.5,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report.
+
+    Attributes:
+        provider: Whom we are measured against: torchvision in the dtype, or in float32 where it has no such kernel, or
+            our own float32 kernel.
+        mode: eager, or graph (replay of a CUDA graph).
+        calls: Calls in a round; above 1 the host's clock is read, since the launch is what is measured.
+    """
+
+    spec: OpCases
+    case: Case
+    dtype: torch.dtype
+    layout: str
+    direction: str
+    provider: str
+    device: str
+    mode: str = "eager"
+    calls: int = 1
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return {
+            "op": self.spec.name,
+            "case": self.case.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "layout": self.layout,
+            "direction": self.direction,
+            "mode": self.mode,
+            "provider": self.provider,
+        }
+
+    @property
+    def clock(self) -> pair.Clock:
+        return pair.host_clock(self.device) if self.calls > 1 else pair.clock_of(self.device)
+
+    def ours(self) -> pair.Call:
+        return _call(self.spec, self.spec.op, _inputs(self.case, self.dtype, self.device, self.layout), self.direction)
+
+    def peer(self) -> pair.Call:
+        function = self.spec.op if self.provider.startswith("pvk") else self.spec.peer
+        inputs = _inputs(self.case, torch.float32, self.device, self.layout)
+        return _call(self.spec, function, inputs, self.direction)
+
+
+def _rows(config: pytest.Config) -> Iterator[Row]:
+    device, smoke, only = config.getoption("device"), config.getoption("smoke"), config.getoption("only")
+    specs = {spec.name: spec for spec in all_cases()}
+    if only and only not in specs:
+        raise pytest.UsageError(f"--only: expected one of {', '.join(specs)}, but got {only}")
+    for spec in specs.values():
+        if only and spec.name != only:
+            continue
+        # The third test case of an op is an ordinary one: the first may be empty.
+        for case in spec.tests()[2:3] if smoke else spec.benchmarks(config.getoption("full")):
+            yield from _rows_of_case(spec, case, device)
+        if spec.name in TINY:
+            calls = 5 if smoke else CALLS_FOR_OVERHEAD
+            yield Row(spec, TINY[spec.name], torch.float32, "contiguous", "forward", "torchvision", device, calls=calls)
+
+
+def _rows_of_case(spec: OpCases, case: Case, device: str) -> Iterator[Row]:
+    single, half = torch.float32, torch.bfloat16
+    for dtype, layout in itertools.product((single, half), ("contiguous", "channels_last")):
+        if dtype not in case.dtypes or layout not in spec.layouts:
+            continue
+        for direction in ("forward", "backward") if spec.differentiable else ("forward",):
+            if dtype == single:
+                providers = ["torchvision"]
+            elif layout == "contiguous":
+                providers = ["torchvision float32", "pvk float32"]
+            else:
+                providers = ["pvk float32"]
+            for provider in providers:
+                row = Row(spec, case, dtype, layout, direction, provider, device)
+                yield row
+                if device == "cuda" and direction == "forward" and not spec.exact:  # nms synchronises
+                    yield replace(row, mode="graph")
+
+
+@functools.lru_cache(maxsize=2)
+def _inputs(case: Case, dtype: torch.dtype, device: str, layout: str) -> Inputs:
+    return case.inputs(dtype, device, layout)
+
+
+@functools.lru_cache(maxsize=2)
+def _checked(spec: OpCases, case: Case, dtype: torch.dtype, device: str, layout: str) -> dict[str, Result]:
+    """The error of ours by the rule of `_verify`, with the peer in float64 for what is exact; by direction."""
+    results = run_case(replace(spec, reference=spec.peer), case, dtype, device, layout)
+    return {result.direction: result for result in results}
+
+
+def _call(spec: OpCases, function: Callable[..., Any], inputs: Inputs, direction: str) -> pair.Call:
+    """A forward, or the backward of a graph that is kept; the gradient has the layout of the output."""
+    if direction == "forward":
+        return functools.partial(function, **inputs)
+    leaves = {name: inputs[name].detach().requires_grad_() for name in spec.differentiable}
+    output = function(**{**inputs, **leaves})
+    grad = torch.randn_like(output)
+    return lambda: torch.autograd.grad(output, list(leaves.values()), grad, retain_graph=True)
+
+
+def operators_seen(call: pair.Call) -> set[str]:
+    """Names of the operators that a call runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+        call()
+    return {event.key for event in profile.key_averages()}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    params = []
+    for row in _rows(metafunc.config):
+        mark = pytest.mark.benchmark(timer=row.clock.timer, disable_gc=True, group=row.spec.name)
+        params.append(pytest.param(row, id="-".join(row.labels.values()).replace(" ", "_"), marks=mark))
+    metafunc.parametrize("row", params)
+
+
+def test_ours_against_the_peer(benchmark, row, request):
+    result = _checked(row.spec, row.case, row.dtype, row.device, row.layout)[row.direction]
+    assert result.ok, f"error {result.error:.1e}, allowed {result.allowed:.1e}; {result.note}"
+    ours, peer = row.ours(), row.peer()
+    seen = operators_seen(ours)
+    assert f"pvk::{row.spec.operators[row.direction == 'backward']}" in seen
+    assert not [name for name in seen if name.startswith("torchvision::")]
+
+    if row.mode == "graph":
+        seconds = pair.timed(ours, row.clock)
+        if seconds > LAUNCH_BOUND:
+            pytest.skip(f"not launch-bound: {seconds * 1e6:.0f} us")
+        ours, peer = pair.graphed(ours), pair.graphed(peer)
+    timing = pair.measure(benchmark, ours, peer, row.clock, request.config.getoption("seconds"), row.calls)
+    if timing is None:
+        return
+    info = {**row.labels, "error": result.error, "peer_error": result.peer_error, "allowed": result.allowed}
+    info["source_hash"] = sources.kernel_hash(row.spec.name, row.device)
+    if row.direction == "forward" and row.calls == 1:  # the cases count a forward's work
+        inputs = _inputs(row.case, row.dtype, row.device, row.layout)
+        output = row.spec.op(**inputs)
+        info["gb_per_s"] = row.spec.bytes(inputs, output) / timing.ours.median / 1e9
+        info["gflop_per_s"] = row.spec.flops(inputs, output) / timing.ours.median / 1e9
+    benchmark.extra_info.update(info)

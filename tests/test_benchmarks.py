@@ -1,0 +1,234 @@
+"""The benchmarks measure what they say, refuse what is wrong, and know what a GPU has verified."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torchvision")
+pytest.importorskip("pytest_benchmark")
+
+from benchmarks import gpu, gpu_status, pair, report, sources
+from benchmarks.gpu_state import State, standing
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class FakeClock:
+    """Seconds that pass only when a call says so; what happened is kept in `events`."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.events: list[str] = []
+
+    def clock(self) -> pair.Clock:
+        return pair.Clock(lambda: self.now, lambda: self.events.append("prepare"))
+
+    def call(self, name: str, seconds: list[float]) -> pair.Call:
+        """Takes the given seconds in turn, the last for ever."""
+        left = list(seconds)
+
+        def run() -> None:
+            self.events.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return run
+
+
+@dataclass
+class FakeBenchmark:
+    """As much of pytest-benchmark's fixture as a measurement uses."""
+
+    fake: FakeClock
+    extra_info: dict[str, Any] = field(default_factory=dict)
+    stats: Any = None
+
+    def pedantic(self, target: pair.Call, setup: pair.Call, rounds: int, iterations: int) -> None:
+        self.fake.events.clear()
+        data = []
+        for _ in range(rounds):
+            setup()
+            start = self.fake.now
+            target()
+            data.append(self.fake.now - start)
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=data))
+
+
+def test_each_round_times_the_peer_then_ours(monkeypatch):
+    monkeypatch.setattr(pair, "rounds_within", lambda seconds, one_round: 3)
+    monkeypatch.setattr(pair, "warm_up", lambda ours, peer, clock: 1.0)
+    fake = FakeClock()
+    benchmark = FakeBenchmark(fake)
+    # A machine that slows down by ten in the second round: the ratios of the rounds do not see it.
+    ours, peer = fake.call("ours", [1, 10, 2]), fake.call("peer", [4, 40, 10])
+    timing = pair.measure(benchmark, ours, peer, fake.clock(), seconds=1)
+    assert fake.events == ["prepare", "peer", "prepare", "ours"] * 3
+    assert timing.ratio == pair.Spread(4.0, 4.0, 4.5)
+    assert timing.ours == pair.Spread(2.0, 1.5, 6.0)
+    assert benchmark.extra_info["ratio"] == {"median": 4.0, "q1": 4.0, "q3": 4.5}
+    assert benchmark.extra_info["rounds"] == 3
+
+
+def test_seconds_are_of_one_call():
+    fake = FakeClock()
+    timing = pair.measure(
+        FakeBenchmark(fake), fake.call("ours", [1]), fake.call("peer", [3]), fake.clock(), 0.0, calls=5
+    )
+    assert (timing.ours.median, timing.peer.median, timing.ratio.median) == (1.0, 3.0, 3.0)
+    assert fake.events.count("ours") == 5 * timing.rounds
+
+
+def test_rounds_fill_the_time_box_within_limits():
+    assert pair.rounds_within(2.0, 0.25) == 8
+    assert pair.rounds_within(2.0, 100.0) == pair.MIN_ROUNDS
+    assert pair.rounds_within(2.0, 1e-6) == pair.MAX_ROUNDS
+
+
+def test_interleave_gives_the_same_arithmetic(monkeypatch):
+    monkeypatch.setattr(pair, "warm_up", lambda ours, peer, clock: 1.0)
+    fake = FakeClock()
+    timing = pair.interleave(fake.call("ours", [2]), fake.call("peer", [3]), fake.clock(), seconds=4.0)
+    assert fake.events == ["prepare", "peer", "prepare", "ours"] * 4
+    assert timing == pair.Timing(*(pair.Spread(value, value, value) for value in (2.0, 3.0, 1.5)), rounds=4)
+
+
+@pytest.mark.parametrize(("error", "allowed"), [(2e-6, 1e-6), (float("nan"), 1e-6), (0.0, float("nan"))])
+def test_report_refuses_a_wrong_case(error, allowed):
+    info = {"op": "nms", "error": error, "allowed": allowed, "ratio": {"median": 9.0}}
+    with pytest.raises(report.WrongCaseError, match="case_x: expected an error of at most"):
+        report.rows_of({"benchmarks": [{"name": "case_x", "extra_info": info}]})
+
+
+def test_report_refuses_a_row_that_was_not_checked():
+    with pytest.raises(report.WrongCaseError):
+        report.rows_of({"benchmarks": [{"name": "case_x", "extra_info": {"op": "nms"}}]})
+
+
+def _run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    # One thread: on a busy machine, threads that wait for each other make seconds of milliseconds.
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
+
+
+def test_smoke_of_the_main_job(tmp_path):
+    done = _run(["-m", "benchmarks", "--smoke", "--device", "cpu", "--out", str(tmp_path)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "bench.json").read_text())
+    assert record["schema_version"] == report.SCHEMA_VERSION
+    assert record["verified"] is True
+    assert record["threads"] == 1
+    assert {row["op"] for row in record["rows"]} == {*sources.op_names(), "end_to_end"}
+    for row in record["rows"]:
+        assert row["ratio"]["median"] > 0
+        assert row["rounds"] >= pair.MIN_ROUNDS
+        if row["op"] != "end_to_end":
+            assert row["source_hash"] == sources.kernel_hash(row["op"], "cpu")
+    detector = record["rows"][-1]
+    assert detector["detections"] >= 20
+    assert detector["worst_iou"] > 0.99
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
+    assert (tmp_path / "detections.png").stat().st_size > 10_000
+    assert "median of the op" in done.stdout
+
+
+WRONG_NMS = """
+import dataclasses, sys
+from pyvision_kernels.ops.nms import cases
+right = cases.CASES.op
+cases.CASES = dataclasses.replace(cases.CASES, op=lambda **inputs: right(**inputs).flip(0))
+from benchmarks.__main__ import main
+sys.exit(main(["--smoke", "--no-verify", "--only", "nms", "--device", "cpu", "--out", sys.argv[1]]))
+"""
+
+
+def test_a_wrong_kernel_gets_no_speed_up(tmp_path):
+    done = _run(["-c", WRONG_NMS, str(tmp_path)])
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FAILED, not timed: nms-small-float32" in done.stdout
+    record = json.loads((tmp_path / "bench-nms.json").read_text())
+    assert record["rows"] == []
+    assert record["failed"]
+
+
+@pytest.fixture
+def made_up(tmp_path, monkeypatch):
+    """A repository with three ops, where a GPU has verified two, and one of these has changed since."""
+    for op in ("attention", "conv", "pool"):
+        (tmp_path / "csrc" / "ops" / op).mkdir(parents=True)
+        (tmp_path / "csrc" / "ops" / op / "cuda.cu").write_text(f"// {op}\n")
+    (tmp_path / "csrc" / "core").mkdir()
+    (tmp_path / "csrc" / "core" / "math.h").write_text("// shared\n")
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    monkeypatch.setattr(sources, "RESULTS", tmp_path / "benchmarks" / "results")
+    state = State(sources.RESULTS / "nvidia-h200", "NVIDIA H200")
+    where = {"date": "2026-01-02", "git_sha": "abc"}
+    for op in ("conv", "pool"):
+        state.note_check(op, "suite", "passed", sources.kernel_hash(op, "cuda"), where)
+    state.save()
+    (tmp_path / "csrc" / "ops" / "pool" / "cuda.cu").write_text("// faster pool\n")
+    return tmp_path
+
+
+def test_gpu_status_tells_never_changed_and_verified(made_up, capsys):
+    assert gpu_status.main() == 0
+    lines = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if line.startswith("│")}
+    assert "never" in lines["attention"]
+    assert "sources changed since 2026-01-02, NVIDIA H200" in lines["pool"]
+    assert "verified" in lines["conv"]
+    assert "suite on 2026-01-02, NVIDIA H200" in lines["conv"]
+
+
+def test_gpu_status_without_results(made_up, monkeypatch):
+    monkeypatch.setattr(sources, "RESULTS", made_up / "nothing")
+    assert {standing(op, [])[0] for op in sources.op_names()} == {"never"}
+    assert gpu_status.main() == 0
+
+
+def test_a_header_of_the_core_changes_every_op(made_up):
+    (made_up / "csrc" / "core" / "math.h").write_text("// other\n")
+    states = [State.load(sources.RESULTS / "nvidia-h200")]
+    assert standing("conv", states)[0] == "changed"
+
+
+def test_a_failed_check_is_not_hidden_by_the_suite(made_up):
+    state = State.load(sources.RESULTS / "nvidia-h200")
+    present = sources.kernel_hash("conv", "cuda")
+    state.note_check("conv", "racecheck", "failed", present, {"date": "2026-01-03", "git_sha": "abc"})
+    assert standing("conv", [state]) == ("failed", "racecheck on 2026-01-03, NVIDIA H200")
+
+
+def test_gpu_stages_are_resumed_and_time_boxed(made_up):
+    console = report.Console(quiet=True)
+    state = State(made_up / "out", "a GPU")
+    state.save()
+
+    def stage(name: str, code: str, limit: float = 60, **options: Any) -> gpu.Stage:
+        return gpu.Stage(name, [sys.executable, "-c", code], "hash", limit, **options)
+
+    fine, slow = stage("fine", "print('done')"), stage("slow", "import time; time.sleep(60)", limit=0.5)
+    absent = stage("absent", "", op="conv", check="memcheck", missing="no such tool")
+    wrong = stage("wrong", "raise SystemExit(3)", op="conv", check="suite")
+    assert not gpu.run_all([fine, slow, absent, wrong], state, console)
+    again = State.load(state.folder)
+    statuses = {name: entry["status"] for name, entry in again.stages.items()}
+    assert statuses == {"fine": "passed", "slow": "timed out", "absent": "not run", "wrong": "failed"}
+    assert (state.folder / "fine.log").read_text() == "done\n"
+    assert again.ops["conv"]["failed"] == ["suite"]
+    (state.folder / "fine.log").unlink()
+    assert gpu.run_all([fine], again, console)  # skipped: its log is not written again
+    assert not (state.folder / "fine.log").exists()
+
+
+def test_gpu_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert gpu.main() == 1
+    assert "sees no GPU here" in capsys.readouterr().out
