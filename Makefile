@@ -15,9 +15,11 @@ VENV := .venv$(if $(filter-out 2.14.1,$(TORCH)),-$(TORCH))
 ifeq ($(PVK_VENV),none)
 RUN := $(PYTHON)
 READY :=
+CLANG_FORMAT := clang-format
 else
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+CLANG_FORMAT := $(VENV)/bin/clang-format
 endif
 
 .PHONY: help build bench bench-full test test-full lint format aot aot-full gpu gpu-status clean
@@ -34,7 +36,7 @@ $(VENV)/.ready: Makefile requirements.txt
 	@echo "== setting up $(VENV): torch $(TORCH), torchvision $(TORCHVISION) (about 6 GB, once)"
 	@test -n "$(TORCHVISION)" || { echo "TORCH=$(TORCH) is not among the supported versions: 2.11.0 2.14.1"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --progress-bar on torch==$(TORCH) torchvision==$(TORCHVISION)
+	$(RUN) -m pip install --disable-pip-version-check torch==$(TORCH) torchvision==$(TORCHVISION)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@if $(RUN) -c "import sys, torch; sys.exit(torch.version.cuda is None)" && ! command -v nvcc >/dev/null && [ -z "$$CUDA_HOME" ]; then \
 	  echo "== no nvcc here: installing it into $(VENV)"; \
@@ -60,13 +62,13 @@ test-full: build
 lint: $(READY)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
-	@$(RUN) -m clang_format --dry-run --Werror $$(git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	@$(CLANG_FORMAT) --dry-run --Werror $$(git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 	@$(RUN) -m mypy
 
 format: $(READY)
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
-	@$(RUN) -m clang_format -i $$(git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	@$(CLANG_FORMAT) -i $$(git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 aot: $(READY)
 	@$(RUN) tests/aot.py

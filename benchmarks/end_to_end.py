@@ -60,7 +60,7 @@ def calibrated_detector(picture: Tensor, side: int = 800, proposals: int = 1000)
     from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(5)
         model = fasterrcnn_resnet50_fpn(
             weights=None, weights_backbone=None, min_size=side, rpn_post_nms_top_n_test=proposals
         )
