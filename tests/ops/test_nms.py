@@ -89,7 +89,7 @@ def test_16_bit_boxes_are_compared_in_float32(device):
         assert torch.equal(ours, torchvision_nms(half_boxes.float(), half_scores.float(), 0.5))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_with_a_size_that_depends_on_data(backend):
     boxes, scores = _random(200)
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
