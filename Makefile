@@ -4,6 +4,7 @@
 PYTHON ?= python3
 TORCH ?= 2.14.1
 ONLY ?=
+SAVE ?=
 
 # torch -> torchvision; nvcc is of the CUDA release that these were built with.
 VISION_2.11.0 := 0.26.0
@@ -25,7 +26,7 @@ endif
 .PHONY: help build bench bench-full test test-full lint format aot aot-full gpu gpu-status clean
 
 help:
-	@echo "make bench       set up, build, verify, benchmark against torchvision, run a detector (10 minutes at most)"
+	@echo "make bench       set up, build, verify, benchmark against torchvision, run a detector (10 minutes at most); SAVE=1 keeps the record"
 	@echo "make test        set up, build, run the tests"
 	@echo "make lint        ruff, clang-format, mypy; make format rewrites"
 	@echo "make aot         compile every CUDA kernel for sm_80, sm_90, sm_100; registers, spills, opcodes"
@@ -38,8 +39,8 @@ $(VENV)/.ready: Makefile requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check torch==$(TORCH) torchvision==$(TORCHVISION)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@if $(RUN) -c "import sys, torch; sys.exit(torch.version.cuda is None)" && ! command -v nvcc >/dev/null && [ -z "$$CUDA_HOME" ]; then \
-	  echo "== no nvcc here: installing it into $(VENV)"; \
+	@if $(RUN) -c "import sys, setup; sys.exit(not setup.lacks_nvcc())"; then \
+	  echo "== no nvcc for this torch here: installing it into $(VENV)"; \
 	  $(RUN) -m pip install --quiet --disable-pip-version-check $(NVCC_PACKAGES); fi
 	@touch $@
 
@@ -48,10 +49,10 @@ build: $(READY)
 	@$(RUN) setup.py --quiet build_ext --inplace
 
 bench: build
-	@$(RUN) -m benchmarks $(if $(ONLY),--only $(ONLY))
+	@$(RUN) -m benchmarks $(if $(ONLY),--only $(ONLY)) $(if $(SAVE),--save)
 
 bench-full: build
-	@$(RUN) -m benchmarks --full $(if $(ONLY),--only $(ONLY))
+	@$(RUN) -m benchmarks --full $(if $(ONLY),--only $(ONLY)) $(if $(SAVE),--save)
 
 test: build
 	@$(RUN) -m pytest $(if $(ONLY),-k $(ONLY))
@@ -77,11 +78,12 @@ aot-full: $(READY)
 	@$(RUN) tests/aot.py --full
 
 # Where torch is importable and a GPU is there: no network, no virtual environment.
+ANY = $$($(PYTHON) -c "import torch, rich" 2>/dev/null && echo $(PYTHON) || echo $(RUN))
 gpu:
-	@ONLY=$(ONLY) $(PYTHON) -m benchmarks.gpu
+	@ONLY=$(ONLY) $(ANY) -m benchmarks.gpu
 
 gpu-status:
-	@$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) -m benchmarks.gpu_status
+	@$(ANY) -m benchmarks.gpu_status
 
 clean:
 	rm -rf build dist *.egg-info pyvision_kernels/lib pyvision_kernels/_C.*.so

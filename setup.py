@@ -27,6 +27,7 @@ ARCHS_OF_A_WHEEL = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
 # fp contraction is off so that a multiply-add is fused only where a kernel says fma().
 CPU_FLAGS = "-O3 -ffp-contract=off -fno-math-errno -fno-trapping-math"
+NVCC_FLAGS = "-std=c++20 -O3 --expt-relaxed-constexpr"
 ISA_FLAGS = {
     "baseline": "-DPVK_ISA_BASELINE",
     "avx2": "-mavx2 -mfma -mf16c",
@@ -46,19 +47,39 @@ class BuildError(SystemExit):
         super().__init__(f"pyvision_kernels: error: {message}")
 
 
-def find_nvcc() -> Path | None:
-    """CUDA_HOME, then PATH, then the compiler that pip installs beside torch."""
+def find_nvcc(torch) -> Path | None:
+    """Of CUDA_HOME's, PATH's and the one that pip installs beside torch: the first of torch's major release, or any."""
     home = os.environ.get("CUDA_HOME")
     candidates = [Path(home) / "bin" / "nvcc"] if home else []
     on_path = shutil.which("nvcc")
     if on_path:
         candidates.append(Path(on_path))
-    candidates += sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/cu*/bin/nvcc"))
-    return next((path for path in candidates if path.is_file()), None)
+    candidates += sorted(Path(torch.__file__).parent.parent.glob("nvidia/cu*/bin/nvcc"))
+    candidates = [path for path in candidates if path.is_file()]
+    fitting = [path for path in candidates if has_release_of(torch, path)]
+    return next(iter(fitting + candidates), None)
 
 
-def find_cuda_runtime(nvcc: Path) -> Path | None:
-    folders = sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/cu*/lib"))
+def release_of(nvcc: Path) -> str:
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    match = re.search(r"release (\d+\.\d+)", version)
+    return match[1] if match else "unknown"
+
+
+def has_release_of(torch, nvcc: Path) -> bool:
+    return release_of(nvcc).split(".")[0] == str(torch.version.cuda).split(".")[0]
+
+
+def lacks_nvcc() -> bool:
+    """Whether torch has CUDA here, but no nvcc of its major release is found."""
+    import torch
+
+    nvcc = find_nvcc(torch)
+    return torch.version.cuda is not None and (nvcc is None or not has_release_of(torch, nvcc))
+
+
+def find_cuda_runtime(torch, nvcc: Path) -> Path | None:
+    folders = sorted(Path(torch.__file__).parent.parent.glob("nvidia/cu*/lib"))
     home = Path(os.environ.get("CUDA_HOME", nvcc.resolve().parent.parent))
     folders += [home / "lib64", home / "lib", Path("/usr/local/cuda/lib64")]
     for folder in folders:
@@ -99,19 +120,19 @@ def choose_cuda(torch, for_wheel: bool) -> tuple[Cuda | None, str]:
 def find_cuda(torch, for_wheel: bool) -> tuple[Cuda | None, str]:
     if torch.version.cuda is None:
         return None, f"torch {torch.__version__} is a build without CUDA"
-    nvcc = find_nvcc()
+    nvcc = find_nvcc(torch)
     if nvcc is None:
         return None, "no nvcc in CUDA_HOME, on PATH or in site-packages/nvidia (pip install nvidia-cuda-nvcc)"
-    runtime = find_cuda_runtime(nvcc)
+    runtime = find_cuda_runtime(torch, nvcc)
     if runtime is None:
         return None, f"no libcudart.so beside torch or {nvcc}"
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    match = re.search(r"release (\d+)\.(\d+)", version)
-    release = f"{match[1]}.{match[2]}" if match else "unknown"
-    if release.split(".")[0] != torch.version.cuda.split(".")[0]:
+    release = release_of(nvcc)
+    if not has_release_of(torch, nvcc):
         return None, f"{nvcc} is of CUDA {release}, but torch was built with CUDA {torch.version.cuda}"
     archs, source = choose_archs(torch, for_wheel)
-    return Cuda(nvcc, re.split(r"[; ]+", archs.strip()), runtime), f"nvcc {release}, {archs} ({source})"
+    if not archs:
+        return None, "the GPUs here are older than 8.0, the lowest architecture that is supported"
+    return Cuda(nvcc, re.split(r"[; ]+", archs.strip("; ")), runtime), f"nvcc {release}, {archs} ({source})"
 
 
 def choose_archs(torch, for_wheel: bool) -> tuple[str, str]:
@@ -121,7 +142,7 @@ def choose_archs(torch, for_wheel: bool) -> tuple[str, str]:
         return ARCHS_OF_A_WHEEL, "a wheel"
     if torch.cuda.is_available():
         capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        return ";".join(f"{major}.{minor}" for major, minor in sorted(capabilities)), "the GPUs here"
+        return ";".join(f"{major}.{minor}" for major, minor in sorted(capabilities) if major >= 8), "the GPUs here"
     return ARCHS_WITHOUT_GPU, "no GPU here"
 
 
@@ -129,6 +150,9 @@ def job_count() -> int:
     if os.environ.get("MAX_JOBS"):
         return max(1, int(os.environ["MAX_JOBS"]))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        memory = min(memory, int(limit.read_text()))
     return max(1, min(len(os.sched_getaffinity(0)), memory // (2 << 30)))
 
 
@@ -195,16 +219,21 @@ class BuildNinja(build_ext):
             source, target = folder / Path(name).name, package / name
             if not target.exists() or source.stat().st_mtime_ns != target.stat().st_mtime_ns:
                 # A new file, so that a process that has the old one mapped keeps it.
-                fresh = target.with_suffix(".new")
+                fresh = target.with_name(f"{target.name}.new")
                 shutil.copy2(source, fresh)
                 fresh.replace(target)
 
     def write_ninja(self, folder: Path, torch_dir: Path, torch, pybind11_include: str, reason: str) -> None:
         file = NinjaFile()
         compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler.split()[0]) is None:
+            raise BuildError(f"no C++ compiler: '{compiler}' is not on PATH (install g++, or set CXX)")
+        if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+            raise BuildError("no Python.h: install the headers of this Python (python3-dev on Debian)")
+        version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout
         info = {
             "torch": torch.__version__,
-            "compiler": subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.split("\n")[0],
+            "compiler": version.split("\n")[0],
             "cuda": bool(self.cuda),
             "cuda_reason": reason,
             "cuda_archs": self.cuda.archs if self.cuda else [],
@@ -236,8 +265,8 @@ class BuildNinja(build_ext):
         if self.cuda:
             file.rule(
                 "nvcc",
-                f"{self.cuda.nvcc} -std=c++20 -O3 -I{ROOT / 'csrc'} -Xcompiler -fPIC,-fvisibility=hidden "
-                f"-ccbin {compiler} --expt-relaxed-constexpr {gencode_flags(self.cuda.archs)} "
+                f"{self.cuda.nvcc} {NVCC_FLAGS} -I{ROOT / 'csrc'} -Xcompiler -fPIC,-fvisibility=hidden "
+                f"-ccbin {compiler.split()[-1]} {gencode_flags(self.cuda.archs)} "
                 "-MD -MF $out.d -c $in -o $out",
             )
             flags = f"-O2 {torch_flags} -DUSE_CUDA -DPVK_CUDA -DPVK_NAMESPACE=pvk -DPVK_DISPATCH_KEY=CUDA"
@@ -263,7 +292,8 @@ class BuildNinja(build_ext):
         return ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ISA_FLAGS["baseline"]}
 
 
-setup(
-    ext_modules=[Extension("pyvision_kernels._C", sources=[])],
-    cmdclass={"build_ext": BuildNinja},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("pyvision_kernels._C", sources=[])],
+        cmdclass={"build_ext": BuildNinja},
+    )

@@ -34,7 +34,9 @@ class State:
     def save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {"gpu": self.gpu, "stages": self.stages, "ops": self.ops}
-        (self.folder / FILE).write_text(json.dumps(content, indent=1) + "\n")
+        fresh = self.folder / f"{FILE}.new"  # whoever is killed here leaves the old file whole
+        fresh.write_text(json.dumps(content, indent=1) + "\n")
+        fresh.replace(self.folder / FILE)
 
     def has_passed(self, stage: str, inputs: str) -> bool:
         known = self.stages.get(stage, {})

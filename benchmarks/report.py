@@ -75,7 +75,8 @@ def by_op(rows: list[Row]) -> dict[str, list[Row]]:
 
 def median_ratio(rows: list[Row]) -> float:
     """Over the rows against another library; what a dtype gains over our own float32 is not counted."""
-    return statistics.median(row["ratio"]["median"] for row in rows if not row["provider"].startswith("pvk"))
+    ratios = [row["ratio"]["median"] for row in rows if not row["provider"].startswith("pvk")]
+    return statistics.median(ratios) if ratios else float("nan")
 
 
 def print_table(record: dict[str, Any], console: Console) -> None:

@@ -63,6 +63,8 @@ def verify(console: Console, names: list[str], device: str, small: bool = False)
                         results += run_case(spec, case, dtype, device, layout)
                 progress.advance(task)
     _print_results(console, results, device)
+    for package in sorted({spec.peer_package for spec in chosen if not spec.peer_is_installed()}):
+        console.print(f"{package} is not installed: compared with the float64 reference alone")
     return all(result.ok for result in results)
 
 

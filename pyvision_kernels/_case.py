@@ -7,6 +7,7 @@ them into the dtype, device and layout asked for.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -89,7 +90,11 @@ class OpCases:
     bytes: Callable[[Inputs, Tensor], float]
     differentiable: tuple[str, ...] = ()
     exact: bool = False
+    peer_package: str = "torchvision"
     layouts: tuple[str, ...] = LAYOUTS
+
+    def peer_is_installed(self) -> bool:
+        return importlib.util.find_spec(self.peer_package) is not None
 
     def tests(self) -> list[Case]:
         return [case for case in self.cases if not case.bench]

@@ -17,6 +17,19 @@ def require(condition: bool, op: str, expected: str, value: Any) -> None:
         raise RuntimeError(f"{op}: expected {expected}, but got {value}")
 
 
+def require_tensors(op: str, **arguments: Any) -> None:
+    """Raises TypeError where an argument is not a Tensor."""
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{op}: expected {name} to be a Tensor, but got {type(value).__name__}")
+
+
+def autocasts(tensor: torch.Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; meta and others have none."""
+    kind = tensor.device.type
+    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+
+
 def as_pair(op: str, argument: str, value: int | Sequence[int]) -> tuple[int, int]:
     """An int becomes a pair; both must be positive."""
     if type(value) is int and value > 0:

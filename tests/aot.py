@@ -22,11 +22,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from setup import NVCC_FLAGS, find_nvcc  # noqa: E402
+
 ALLOWED = Path(__file__).with_name("aot_allowed.json")
 ARCHS = ["80", "90", "100"]
 ARCHS_FULL = ["80", "86", "89", "90", "100", "120"]
-FLAGS = ["-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "--expt-relaxed-constexpr", "-Xptxas", "-v"]
+FLAGS = [*NVCC_FLAGS.split(), f"-I{ROOT / 'csrc'}", "-Xptxas", "-v"]
 
 # op -> (kernel, as a prefix; instruction; why it must be there)
 OPCODES = {
@@ -70,16 +75,6 @@ class Kernel:
     @property
     def spills(self) -> bool:
         return bool(self.stack or self.spill_stores or self.spill_loads)
-
-
-def find_nvcc() -> Path | None:
-    """CUDA_HOME, then PATH, then the compiler that pip installs beside torch."""
-    home = os.environ.get("CUDA_HOME")
-    candidates = [Path(home) / "bin" / "nvcc"] if home else []
-    on_path = shutil.which("nvcc")
-    candidates += [Path(on_path)] if on_path else []
-    candidates += sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/cu*/bin/nvcc"))
-    return next((path for path in candidates if path.is_file()), None)
 
 
 def find_disassembler(nvcc: Path) -> Path | None:
@@ -225,13 +220,10 @@ def main() -> int:
     args = parser.parse_args()
     archs = args.arch or (ARCHS_FULL if args.full else ARCHS)
 
-    nvcc = find_nvcc()
+    nvcc = find_nvcc(torch)
     if nvcc is None:
         print(
-            "aot: no nvcc in CUDA_HOME, on PATH or in site-packages/nvidia. This installs it:\n"
-            f"  {sys.executable} -m pip install nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 "
-            "nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85",
-            file=sys.stderr,
+            "aot: no nvcc in CUDA_HOME, on PATH or beside torch. `make aot` installs one beside torch.", file=sys.stderr
         )
         return 1
     disassembler = find_disassembler(nvcc)

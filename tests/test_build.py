@@ -48,14 +48,19 @@ def test_cuda_is_refused_with_the_reason_where_torch_has_none(tree):
     assert "error: PVK_BUILD=cuda, but torch 2.14.1 is a build without CUDA" in run.stderr
 
 
-def test_nvcc_of_another_major_release_is_refused(tree):
+def _fake_cuda(tree: Path, release: str) -> dict[str, str]:
+    """The environment of a toolkit whose nvcc knows its release and no more, and of a torch with CUDA 13.0."""
     (tree / "cuda" / "bin").mkdir(parents=True)
     (tree / "cuda" / "lib64").mkdir()
     (tree / "cuda" / "lib64" / "libcudart.so").touch()
     nvcc = tree / "cuda" / "bin" / "nvcc"
-    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n")
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.89'\n")
     nvcc.chmod(0o755)
-    run = _build(tree, PVK_BUILD="cuda", CUDA_HOME=str(tree / "cuda"), PYTHONPATH=_fake_torch(tree, "13.0"))
+    return {"CUDA_HOME": str(tree / "cuda"), "PATH": "/usr/bin:/bin", "PYTHONPATH": _fake_torch(tree, "13.0")}
+
+
+def test_nvcc_of_another_major_release_is_refused(tree):
+    run = _build(tree, PVK_BUILD="cuda", **_fake_cuda(tree, "11.8"))
     assert run.returncode != 0
     assert "is of CUDA 11.8, but torch was built with CUDA 13.0" in run.stderr
 
@@ -97,10 +102,21 @@ def test_wheel_works_away_from_the_source(tree, tmp_path):
     assert str(site) in run.stdout
 
 
-@pytest.mark.slow
-def test_wrong_architecture_list_is_named(tree):
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc on PATH")
-    run = _build(tree, PVK_BUILD="cuda", TORCH_CUDA_ARCH_LIST="8.0;volta")
+@pytest.mark.parametrize(
+    ("archs", "message"),
+    [
+        ("8.0;volta", "expected TORCH_CUDA_ARCH_LIST to be like '8.0;9.0+PTX', but got 'volta' in it"),
+        ("7.5", "expected TORCH_CUDA_ARCH_LIST to name 8.0 or later, but got '7.5' in it"),
+    ],
+)
+def test_wrong_architecture_list_is_named(tree, archs, message):
+    run = _build(tree, PVK_BUILD="cuda", TORCH_CUDA_ARCH_LIST=archs, **_fake_cuda(tree, "13.0"))
     assert run.returncode != 0
-    assert "expected TORCH_CUDA_ARCH_LIST to be like '8.0;9.0+PTX', but got 'volta' in it" in run.stderr
+    assert message in run.stderr
+
+
+def test_architecture_list_is_honoured(tree):
+    _build(tree, PVK_BUILD="cuda", TORCH_CUDA_ARCH_LIST="8.6;9.0a+PTX;", **_fake_cuda(tree, "13.0"))
+    (rules,) = (tree / "build").glob("*/build.ninja")
+    flags = "code=sm_86 -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_90a,code=compute_90a"
+    assert f"-gencode arch=compute_86,{flags}" in rules.read_text()

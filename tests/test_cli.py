@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+
 import pytest
 import torch
 
@@ -27,6 +30,14 @@ def test_verify_passes_and_prints_every_op(capsys):
 def test_verify_refuses_an_unknown_op():
     with pytest.raises(SystemExit, match=r"expected ops among .*nms.*, but got convolve"):
         main(["verify", "convolve"])
+
+
+def test_verify_does_without_torchvision(capsys, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchvision" else find_spec(name))
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    assert main(["verify", "--small", "--device", "cpu"]) == 0
+    assert "torchvision is not installed: compared with the float64 reference alone" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:Warning only once for all operators:UserWarning")

@@ -51,15 +51,25 @@ def test_equals_torchvision_at_the_threshold(device):
             assert torch.equal(ours, torchvision_nms(boxes, scores, threshold))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("seed", range(6))
-def test_equals_torchvision_with_special_values(device, seed):
+def test_equals_torchvision_with_special_values(device, seed, dtype):
     generator = torch.Generator().manual_seed(seed)
-    values = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, 5.0, 7.0, 1e30, -1e30, 3e38, 1e-40])
+    extremes = [3e38, 1e-40] if dtype == torch.float32 else [1.7e308, -1.7e308, 1e300, 1e-300]
+    values = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, 5.0, 7.0, 1e29, -1e29, 1e30, -1e30, *extremes]
+    values = torch.tensor(values, dtype=dtype)
     boxes = values[torch.randint(0, len(values), (500, 4), generator=generator)]
     scores = values[torch.randint(0, len(values), (500,), generator=generator)]
     for threshold in (-0.5, 0.0, 0.3, 0.8):
         ours = nms(boxes.to(device), scores.to(device), threshold).cpu()
         assert torch.equal(ours, torchvision_nms(boxes, scores, threshold))
+
+
+def test_thin_boxes_at_the_end_of_the_range(device):
+    far = torch.tensor([[1.5e308, 0, 1.6e308, 1e-280], [-1.6e308, 0, -1.5e308, 1e-280]], dtype=torch.float64)
+    boxes = torch.cat([far, far, torch.tensor([[0.0, 0, 1, 1]], dtype=torch.float64)])
+    scores = torch.rand(5, dtype=torch.float64)
+    assert torch.equal(nms(boxes.to(device), scores.to(device), 0.5).cpu(), torchvision_nms(boxes, scores, 0.5))
 
 
 def test_identical_boxes_keep_the_first(device):

@@ -89,7 +89,8 @@ def test_enormous_adaptive_boxes_end_soon(device):
     expected = 50 * 40 / (2 * sides.double()) ** 2
     assert torch.isfinite(output).all()
     torch.testing.assert_close(output[:2, 0, 0, 0].double(), expected[:2], rtol=0.1, atol=0)
-    assert (output[2:] <= 1e-12).all()
+    torch.testing.assert_close(output[2, 0, 0, 0].double(), expected[2], rtol=0.5, atol=0)
+    assert (output[3:] <= 1e-30).all()
 
 
 def test_large_box_takes_as_many_samples_as_torchvision(device):
@@ -107,6 +108,10 @@ def test_many_boxes(device):
     output = roi_align(input, boxes, 2, 0.25, 1)
     part = slice(65_000, 66_000)
     torch.testing.assert_close(output[part], torchvision_roi_align(input, boxes[part], 2, 0.25, 1))
+    precise, boxes = input.double().requires_grad_(), boxes.double()
+    (ours,) = torch.autograd.grad(roi_align(precise, boxes, 2, 0.25, 1).sum(), precise)
+    (theirs,) = torch.autograd.grad(torchvision_roi_align(precise, boxes, 2, 0.25, 1).sum(), precise)
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_channels_last_in_is_channels_last_out(device):
@@ -114,6 +119,8 @@ def test_channels_last_in_is_channels_last_out(device):
     assert roi_align(input, boxes, 3).is_contiguous()
     last = roi_align(input.to(memory_format=torch.channels_last), boxes, 3)
     assert last.is_contiguous(memory_format=torch.channels_last)
+    if device == "cpu":  # one order of summation for both layouts
+        assert torch.equal(last, roi_align(input, boxes, 3))
     torch.testing.assert_close(last, roi_align(input, boxes, 3))
 
 

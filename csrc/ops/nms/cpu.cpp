@@ -180,9 +180,12 @@ class Grid {
   static bool is_finite_box(const Box<T>& box) {
     return is_finite(box.x1) && is_finite(box.y1) && is_finite(box.x2) && is_finite(box.y2);
   }
-  // Its area neither overflows nor underflows, so the IoU that is computed is the true one up to rounding.
+  // Near enough, and its area neither overflows nor underflows, so the IoU that is computed is the true one up to
+  // rounding.
   static bool is_ordinary(const Box<T>& box) {
-    return is_finite_box(box) && box.x2 > box.x1 && box.y2 > box.y1 && box.area > T(1e-30) && box.area < T(1e30);
+    constexpr T kFar = T(1e30);
+    return box.x1 > -kFar && box.y1 > -kFar && box.x2 < kFar && box.y2 < kFar && box.x2 > box.x1 && box.y2 > box.y1 &&
+           box.area > T(1e-30) && box.area < T(1e30);
   }
 
   // A little more than the bound, for the rounding of the IoU; NaN where the threshold is.
@@ -191,7 +194,7 @@ class Grid {
     return max_of((1 - least) / (2 * least), 0.0) * 1.001 + 1e-4;
   }
 
-  static double center(T low, T high) { return (double(low) + double(high)) / 2; }
+  static double center(T low, T high) { return double(low) / 2 + double(high) / 2; }
 
   // Monotone in the place, so that a range of places is a range of cells.
   static int64_t cell(double place, double origin, double scale, int64_t cells) {

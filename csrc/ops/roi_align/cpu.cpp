@@ -322,7 +322,7 @@ PVK_INLINE void scatter_bin(T* tile, const RoiTaps<T>& taps, int64_t ph, int64_t
 // Map rows [row, row + rows) of one image and one channel block: all RoIs that touch them, in ascending order.
 struct Band {
   int64_t image, row, rows, channel, lanes;
-  const int32_t* rois;
+  const int64_t* rois;
   int64_t count;
 };
 
@@ -371,7 +371,7 @@ void backward_band(const RoiAlignParams& p, const Roi<T>* rois, const Band& band
 // For every band of every image, the RoIs that touch it: lists[starts[band] .. starts[band + 1]), ascending.
 template <typename T>
 void list_bands(const RoiAlignParams& p, const Roi<T>* rois, int64_t band_rows, int64_t bands, Buffer<int64_t>& starts,
-                Buffer<int32_t>& lists) {
+                Buffer<int64_t>& lists) {
   Buffer<int64_t> low(p.K), high(p.K);
   parallel_for(p.K, 64, [&](int64_t begin, int64_t end) {
     AxisTaps<T> taps;
@@ -400,7 +400,7 @@ void list_bands(const RoiAlignParams& p, const Roi<T>* rois, int64_t band_rows, 
   Buffer<int64_t> next(total);
   for (int64_t b = 0; b < total; ++b) next[b] = starts[b];
   for (int64_t k = 0; k < p.K; ++k)
-    for (int64_t b = low[k]; b <= high[k]; ++b) lists[next[b]++] = int32_t(k);
+    for (int64_t b = low[k]; b <= high[k]; ++b) lists[next[b]++] = k;
 }
 
 template <typename scalar_t, typename box_t>
@@ -414,7 +414,7 @@ void backward_typed(const RoiAlignParams& p) {
   const int64_t bands = ceil_div(p.H, band_rows);
   Buffer<Roi<T>> rois(p.K);
   Buffer<int64_t> starts(p.N * bands + 1);
-  Buffer<int32_t> lists;
+  Buffer<int64_t> lists;
   decode_rois<T, box_t>(p, rois.data());
   list_bands(p, rois.data(), band_rows, bands, starts, lists);
   parallel_for(p.N * bands * blocks, 1, [&](int64_t begin, int64_t end) {

@@ -33,7 +33,9 @@ RoiAlignParams make_params(const char* op, const Tensor& map, const Tensor& pool
   return p;
 }
 
-void check_boxes(const char* op, const Tensor& map, const Tensor& boxes) {
+void check_boxes(const char* op, const Tensor& map, const Tensor& boxes, int64_t sampling_ratio) {
+  PVK_CHECK(sampling_ratio <= kMaxSamplingRatio, op, ": expected sampling_ratio to be at most ", kMaxSamplingRatio,
+            ", but got ", sampling_ratio);
   PVK_CHECK(boxes.dim() == 2 && boxes.size(1) == 5, op, ": expected boxes to have size [K, 5], but got ",
             shape_of(boxes));
   check_same_device(op, "boxes", boxes, "input", map);
@@ -49,7 +51,7 @@ Tensor forward_op(const Tensor& input, const Tensor& boxes, double spatial_scale
   PVK_CHECK(input.dim() == 4, kOp, ": expected input to have 4 dimensions [N, C, H, W], but got ", shape_of(input));
   PVK_CHECK(pooled_height > 0 && pooled_width > 0, kOp, ": expected output_size to be positive, but got [",
             pooled_height, ", ", pooled_width, "]");
-  check_boxes(kOp, input, boxes);
+  check_boxes(kOp, input, boxes, sampling_ratio);
   const bool channels_last = input.stride(1) == 1 && !input.is_contiguous();
   const Tensor output =
       empty({boxes.size(0), input.size(1), pooled_height, pooled_width}, input.scalar_type(), input, channels_last);
@@ -67,7 +69,7 @@ Tensor backward_op(const Tensor& grad, const Tensor& boxes, double spatial_scale
   PVK_CHECK(grad.size(2) > 0 && grad.size(3) > 0, kOp, ": expected grad to have bins, but got ", shape_of(grad));
   PVK_CHECK(batch_size >= 0 && channels >= 0 && height >= 0 && width >= 0, kOp,
             ": expected sizes that are not negative");
-  check_boxes(kOp, grad, boxes);
+  check_boxes(kOp, grad, boxes, sampling_ratio);
   const Tensor grad_input = empty({batch_size, channels, height, width}, grad.scalar_type(), grad, channels_last);
   const DeviceScope scope(grad);
   backward(make_params(kOp, grad_input, grad, boxes, spatial_scale, sampling_ratio, aligned, channels_last),

@@ -9,6 +9,9 @@
 
 namespace pvk::roi_align {
 
+// Samples per bin and axis that a caller may ask for.
+constexpr int64_t kMaxSamplingRatio = 4096;
+
 // Strides count elements. The map is [N, C, H, W] seen through any strides, the pooled tensor is [K, C, PH, PW]
 // in one of two dense layouts.
 struct RoiAlignParams {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyvision_kernels._check import FLOATING, require
+from pyvision_kernels._check import FLOATING, autocasts, require, require_tensors
 from pyvision_kernels._op import declare
 
 
@@ -58,9 +58,11 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     Raises:
         RuntimeError: a shape, device or dtype does not fit.
         NotImplementedError: ``boxes`` is of another dtype.
+        TypeError: ``boxes`` or ``scores`` is not a Tensor.
 
     Note: deterministic. Not differentiable.
     Reference: Neubeck and Van Gool, Efficient non-maximum suppression, 2006.
     """
-    _check(*(_cast(boxes, scores) if torch.is_autocast_enabled(boxes.device.type) else (boxes, scores)))
+    require_tensors("nms", boxes=boxes, scores=scores)
+    _check(*(_cast(boxes, scores) if autocasts(boxes) else (boxes, scores)))
     return nms_op(boxes, scores, iou_threshold)

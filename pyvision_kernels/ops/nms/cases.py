@@ -110,6 +110,12 @@ CASES = OpCases(
             "nms: expected boxes to have size [N, 4], but got [3, 5]",
         ),
         ErrorCase(
+            "scores_type",
+            lambda device: {"boxes": torch.rand(3, 4, device=device), "scores": [1, 2, 3], "iou_threshold": 0.5},
+            TypeError,
+            "nms: expected scores to be a Tensor, but got list",
+        ),
+        ErrorCase(
             "scores_shape",
             lambda device: {
                 "boxes": torch.rand(3, 4, device=device),

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyvision_kernels._check import FLOATING, as_pair, require
+from pyvision_kernels._check import FLOATING, as_pair, autocasts, require, require_tensors
 from pyvision_kernels._op import declare
+
+MAX_SAMPLING_RATIO = 4096  # of samples per bin and axis: what is asked for beyond is a mistake, and would not end
 
 
 def _check(input: Tensor, boxes: Tensor, op: str = "roi_align") -> None:
@@ -25,6 +27,12 @@ def _check(input: Tensor, boxes: Tensor, op: str = "roi_align") -> None:
         require(mixed, op, f"boxes to be {input.dtype} as input is, or float32 beside a 16-bit input", boxes.dtype)
 
 
+def _check_sampling(sampling_ratio: int, op: str = "roi_align") -> None:
+    require(
+        sampling_ratio <= MAX_SAMPLING_RATIO, op, f"sampling_ratio to be at most {MAX_SAMPLING_RATIO}", sampling_ratio
+    )
+
+
 def _is_channels_last(input: Tensor) -> bool:
     return input.stride(1) == 1 and not input.is_contiguous()
 
@@ -36,12 +44,14 @@ def _empty(like: Tensor, size: Sequence[Any], channels_last: bool) -> Tensor:
 
 def _fake(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned):
     _check(input, boxes)
+    _check_sampling(sampling_ratio)
     size = (boxes.size(0), input.size(1), pooled_height, pooled_width)
     return _empty(input, size, _is_channels_last(input))
 
 
 def _fake_backward(grad, boxes, spatial_scale, batch_size, channels, height, width, sampling_ratio, aligned, last):
     _check(grad, boxes, "_roi_align_backward")
+    _check_sampling(sampling_ratio, "_roi_align_backward")
     return _empty(grad, (batch_size, channels, height, width), last)
 
 
@@ -181,7 +191,8 @@ def roi_align(
             differentiable.
         output_size (int or (int, int)): Bins (PH, PW).
         spatial_scale (float): Feature pixels per image pixel. Default: 1.0.
-        sampling_ratio (int): Samples per bin and axis; <= 0: adaptive, ``ceil(box size / bins)``. Default: -1.
+        sampling_ratio (int): Samples per bin and axis, at most 4096; <= 0: adaptive, ``ceil(box size / bins)``.
+            Default: -1.
         aligned (bool): Shift the boxes by half a pixel, so that pixel centres are at .5. Default: False.
 
     Returns:
@@ -197,7 +208,9 @@ def roi_align(
     Reference: He et al., Mask R-CNN, 2017, section 3.
     """
     pooled_height, pooled_width = as_pair("roi_align", "output_size", output_size)
+    require_tensors("roi_align", input=input)
     require(input.dim() == 4, "roi_align", "input to have 4 dimensions [N, C, H, W]", input.shape)
     boxes = _join_boxes(boxes, input)
-    _check(*(_cast(input, boxes) if torch.is_autocast_enabled(input.device.type) else (input, boxes)))
+    _check(*(_cast(input, boxes) if autocasts(input) else (input, boxes)))
+    _check_sampling(sampling_ratio)
     return roi_align_op(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned)

@@ -105,6 +105,7 @@ CASES = OpCases(
         _case("no_boxes", (2, 8, 6, 7), 0),
         _case("no_images", (0, 8, 6, 7), 3, for_peer=lambda _: None),
         _case("no_channels", (2, 0, 6, 7), 3, for_peer=lambda _: None),
+        _case("empty_map_width", (2, 8, 6, 0), 3, for_peer=lambda _: None),
         _case("empty_map", (2, 8, 0, 7), 3, for_peer=lambda _: None),
         _case("empty_and_inverted_boxes", (2, 21, 20, 26), 6, 3, extra=EMPTY, for_peer=lambda inputs: inputs),
         _case(
@@ -228,6 +229,23 @@ CASES = OpCases(
             },
             TypeError,
             "roi_align: expected output_size to be an int or a pair of ints, but got 7.0",
+        ),
+        ErrorCase(
+            "sampling_ratio",
+            lambda device: {
+                "input": torch.rand(1, 3, 4, 4, device=device),
+                "boxes": torch.rand(7, 5, device=device),
+                "output_size": 2,
+                "sampling_ratio": 2**62,
+            },
+            RuntimeError,
+            "roi_align: expected sampling_ratio to be at most 4096, but got 4611686018427387904",
+        ),
+        ErrorCase(
+            "input_type",
+            lambda device: {"input": [1.0], "boxes": torch.rand(7, 5, device=device), "output_size": 2},
+            TypeError,
+            "roi_align: expected input to be a Tensor, but got list",
         ),
         ErrorCase(
             "boxes_type",
