@@ -103,6 +103,18 @@ class OpCases:
         return [case for case in self.cases if case.bench and (full or case.bench == "quick")]
 
 
+def error_case(op: str, name: str, error: type[Exception], message: str, inputs: Inputs) -> ErrorCase:
+    """Inputs on the CPU, moved to the device of a test; those on another device stay there."""
+
+    def make(device: str) -> Inputs:
+        return {
+            key: value.to(device) if isinstance(value, Tensor) and value.device.type == "cpu" else value
+            for key, value in inputs.items()
+        }
+
+    return ErrorCase(name, make, error, f"{op}: {message}")
+
+
 def in_layout(tensor: Tensor, layout: str) -> Tensor:
     """The same values in another memory layout; tensors that have no such layout stay as they are."""
     if layout == "channels_last" and tensor.dim() == 4:

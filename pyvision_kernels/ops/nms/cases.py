@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyvision_kernels._case import Case, ErrorCase, Inputs, OpCases
+from pyvision_kernels._case import Case, ErrorCase, Inputs, OpCases, error_case
 from pyvision_kernels.ops import nms
 from pyvision_kernels.ops.nms import reference
 
@@ -66,6 +66,12 @@ def _case(
     return Case(name, make, **options)
 
 
+def _error(name: str, error: type[Exception], message: str, **changes) -> ErrorCase:
+    """Fitting inputs with some replaced."""
+    fitting = {"boxes": torch.ones(3, 4), "scores": torch.ones(3), "iou_threshold": 0.5}
+    return error_case("nms", name, error, message, {**fitting, **changes})
+
+
 CASES = OpCases(
     name="nms",
     op=nms,
@@ -99,61 +105,30 @@ CASES = OpCases(
         _case("dense_100000", 100000, 0.5, bench="full"),
     ),
     errors=(
-        ErrorCase(
-            "boxes_shape",
-            lambda device: {
-                "boxes": torch.rand(3, 5, device=device),
-                "scores": torch.rand(3, device=device),
-                "iou_threshold": 0.5,
-            },
-            RuntimeError,
-            "nms: expected boxes to have size [N, 4], but got [3, 5]",
+        _error(
+            "boxes_shape", RuntimeError, "expected boxes to have size [N, 4], but got [3, 5]", boxes=torch.ones(3, 5)
         ),
-        ErrorCase(
-            "scores_type",
-            lambda device: {"boxes": torch.rand(3, 4, device=device), "scores": [1, 2, 3], "iou_threshold": 0.5},
-            TypeError,
-            "nms: expected scores to be a Tensor, but got list",
-        ),
-        ErrorCase(
-            "scores_shape",
-            lambda device: {
-                "boxes": torch.rand(3, 4, device=device),
-                "scores": torch.rand(4, device=device),
-                "iou_threshold": 0.5,
-            },
-            RuntimeError,
-            "nms: expected scores to have size [3], but got [4]",
-        ),
-        ErrorCase(
+        _error("boxes_type", TypeError, "expected boxes to be a Tensor, but got list", boxes=[1.0]),
+        _error("scores_shape", RuntimeError, "expected scores to have size [3], but got [4]", scores=torch.ones(4)),
+        _error("scores_type", TypeError, "expected scores to be a Tensor, but got list", scores=[1, 2, 3]),
+        _error(
             "scores_dtype",
-            lambda device: {
-                "boxes": torch.rand(3, 4, device=device),
-                "scores": torch.rand(3, device=device).double(),
-                "iou_threshold": 0.5,
-            },
             RuntimeError,
-            "nms: expected scores to be torch.float32 as boxes is, but got torch.float64",
+            "expected scores to be torch.float32 as boxes is, but got torch.float64",
+            scores=torch.ones(3, dtype=torch.float64),
         ),
-        ErrorCase(
+        _error(
             "scores_device",
-            lambda device: {
-                "boxes": torch.rand(3, 4, device=device),
-                "scores": torch.rand(3, device="meta"),
-                "iou_threshold": 0.5,
-            },
             RuntimeError,
-            "nms: expected scores to be on the device of boxes",
+            "expected scores to be on the device of boxes, but got meta",
+            scores=torch.ones(3, device="meta"),
         ),
-        ErrorCase(
+        _error(
             "boxes_dtype",
-            lambda device: {
-                "boxes": torch.ones(3, 4, device=device, dtype=torch.int64),
-                "scores": torch.ones(3, device=device, dtype=torch.int64),
-                "iou_threshold": 0.5,
-            },
             NotImplementedError,
-            "nms: expected boxes to be float16, bfloat16, float32 or float64, but got torch.int64",
+            "expected boxes to be float16, bfloat16, float32 or float64, but got torch.int64",
+            boxes=torch.ones(3, 4, dtype=torch.int64),
+            scores=torch.ones(3, dtype=torch.int64),
         ),
     ),
     # Ten operations for each box against each box kept; boxes, scores and indices once.

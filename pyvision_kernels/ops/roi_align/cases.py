@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyvision_kernels._case import Case, ErrorCase, Inputs, OpCases
+from pyvision_kernels._case import Case, ErrorCase, Inputs, OpCases, error_case
 from pyvision_kernels.ops import roi_align
 from pyvision_kernels.ops.roi_align import reference
 
@@ -57,6 +57,12 @@ def _case(
     if extra:  # hostile boxes come last
         options.setdefault("for_peer", lambda inputs: {**inputs, "boxes": inputs["boxes"][:count]})
     return Case(name, make, **options)
+
+
+def _error(name: str, error: type[Exception], message: str, **changes) -> ErrorCase:
+    """Fitting inputs with some replaced."""
+    fitting = {"input": torch.ones(1, 3, 4, 4), "boxes": torch.ones(7, 5), "output_size": 2}
+    return error_case("roi_align", name, error, message, {**fitting, **changes})
 
 
 HOSTILE: list[list[float]] = [
@@ -149,133 +155,74 @@ CASES = OpCases(
         _case("vitdet_adaptive", (1, 256, 64, 64), 1000, 7, 1 / 16, 0, True, bench="full", sides=(16.0, 500.0)),
     ),
     errors=(
-        ErrorCase(
+        _error(
             "input_rank",
-            lambda device: {
-                "input": torch.rand(3, 4, 4, device=device),
-                "boxes": torch.rand(1, 5, device=device),
-                "output_size": 2,
-            },
             RuntimeError,
-            "roi_align: expected input to have 4 dimensions [N, C, H, W], but got [3, 4, 4]",
+            "expected input to have 4 dimensions [N, C, H, W], but got [3, 4, 4]",
+            input=torch.ones(3, 4, 4),
         ),
-        ErrorCase(
-            "boxes_shape",
-            lambda device: {
-                "input": torch.rand(1, 3, 4, 4, device=device),
-                "boxes": torch.rand(7, 4, device=device),
-                "output_size": 2,
-            },
-            RuntimeError,
-            "roi_align: expected boxes to have size [K, 5], but got [7, 4]",
-        ),
-        ErrorCase(
-            "boxes_dtype",
-            lambda device: {
-                "input": torch.rand(1, 3, 4, 4, device=device),
-                "boxes": torch.rand(7, 5, device=device, dtype=torch.float64),
-                "output_size": 2,
-            },
-            RuntimeError,
-            "roi_align: expected boxes to be torch.float32 as input is, or float32 beside a 16-bit input, "
-            "but got torch.float64",
-        ),
-        ErrorCase(
-            "boxes_device",
-            lambda device: {
-                "input": torch.rand(1, 3, 4, 4, device=device),
-                "boxes": torch.rand(7, 5, device="meta"),
-                "output_size": 2,
-            },
-            RuntimeError,
-            "roi_align: expected boxes to be on the device of input",
-        ),
-        ErrorCase(
+        _error("input_type", TypeError, "expected input to be a Tensor, but got list", input=[1.0]),
+        _error(
             "input_dtype",
-            lambda device: {
-                "input": torch.ones(1, 3, 4, 4, device=device, dtype=torch.int32),
-                "boxes": torch.ones(7, 5, device=device, dtype=torch.int32),
-                "output_size": 2,
-            },
             NotImplementedError,
-            "roi_align: expected input to be float16, bfloat16, float32 or float64, but got torch.int32",
+            "expected input to be float16, bfloat16, float32 or float64, but got torch.int32",
+            input=torch.ones(1, 3, 4, 4, dtype=torch.int32),
+            boxes=torch.ones(7, 5, dtype=torch.int32),
         ),
-        ErrorCase(
-            "output_size",
-            lambda device: {
-                "input": torch.rand(1, 3, 4, 4, device=device),
-                "boxes": torch.rand(7, 5, device=device),
-                "output_size": (0, 2),
-            },
-            ValueError,
-            "roi_align: expected output_size to be positive, but got (0, 2)",
-        ),
-        ErrorCase(
-            "output_size_triple",
-            lambda device: {
-                "input": torch.rand(1, 3, 4, 4, device=device),
-                "boxes": torch.rand(7, 5, device=device),
-                "output_size": (1, 2, 3),
-            },
-            TypeError,
-            "roi_align: expected output_size to be an int or a pair of ints, but got (1, 2, 3)",
-        ),
-        ErrorCase(
-            "output_size_float",
-            lambda device: {
-                "input": torch.rand(1, 3, 4, 4, device=device),
-                "boxes": torch.rand(7, 5, device=device),
-                "output_size": 7.0,
-            },
-            TypeError,
-            "roi_align: expected output_size to be an int or a pair of ints, but got 7.0",
-        ),
-        ErrorCase(
-            "sampling_ratio",
-            lambda device: {
-                "input": torch.rand(1, 3, 4, 4, device=device),
-                "boxes": torch.rand(7, 5, device=device),
-                "output_size": 2,
-                "sampling_ratio": 2**62,
-            },
+        _error(
+            "boxes_shape",
             RuntimeError,
-            "roi_align: expected sampling_ratio to be at most 4096, but got 4611686018427387904",
+            "expected boxes to have size [K, 5], but got [7, 4]",
+            boxes=torch.ones(7, 4),
         ),
-        ErrorCase(
-            "input_type",
-            lambda device: {"input": [1.0], "boxes": torch.rand(7, 5, device=device), "output_size": 2},
-            TypeError,
-            "roi_align: expected input to be a Tensor, but got list",
+        _error(
+            "boxes_dtype",
+            RuntimeError,
+            "expected boxes to be torch.float32 as input is, or float32 beside a 16-bit input, but got torch.float64",
+            boxes=torch.ones(7, 5, dtype=torch.float64),
         ),
-        ErrorCase(
+        _error(
+            "boxes_device",
+            RuntimeError,
+            "expected boxes to be on the device of input, but got meta",
+            boxes=torch.ones(7, 5, device="meta"),
+        ),
+        _error(
             "boxes_type",
-            lambda device: {
-                "input": torch.rand(1, 3, 4, 4, device=device),
-                "boxes": [[0.0, 0, 0, 1, 1]],
-                "output_size": 2,
-            },
             TypeError,
-            "roi_align: expected boxes to be a Tensor or a list of Tensors, but got list",
+            "expected boxes to be a Tensor or a list of Tensors, but got list",
+            boxes=[[0.0, 0, 0, 1, 1]],
         ),
-        ErrorCase(
+        _error(
             "boxes_list_length",
-            lambda device: {
-                "input": torch.rand(2, 3, 4, 4, device=device),
-                "boxes": [torch.rand(7, 4, device=device)],
-                "output_size": 2,
-            },
             RuntimeError,
-            "roi_align: expected one Tensor of boxes for each of 2 images, but got 1",
+            "expected one Tensor of boxes for each of 1 images, but got 2",
+            boxes=[torch.ones(7, 4)] * 2,
         ),
-        ErrorCase(
+        _error(
             "boxes_list_shape",
-            lambda device: {
-                "input": torch.rand(1, 3, 4, 4, device=device),
-                "boxes": [torch.rand(7, 5, device=device)],
-                "output_size": 2,
-            },
             RuntimeError,
-            "roi_align: expected each of boxes to have size [K, 4], but got [7, 5]",
+            "expected each of boxes to have size [K, 4], but got [7, 5]",
+            boxes=[torch.ones(7, 5)],
+        ),
+        _error("output_size", ValueError, "expected output_size to be positive, but got (0, 2)", output_size=(0, 2)),
+        _error(
+            "output_size_triple",
+            TypeError,
+            "expected output_size to be an int or a pair of ints, but got (1, 2, 3)",
+            output_size=(1, 2, 3),
+        ),
+        _error(
+            "output_size_float",
+            TypeError,
+            "expected output_size to be an int or a pair of ints, but got 7.0",
+            output_size=7.0,
+        ),
+        _error(
+            "sampling_ratio",
+            RuntimeError,
+            "expected sampling_ratio to be at most 4096, but got 4611686018427387904",
+            sampling_ratio=2**62,
         ),
     ),
     flops=lambda inputs, output: 2.0 * output.numel() * 4 * max(inputs["sampling_ratio"], 1) ** 2,
