@@ -87,10 +87,8 @@ def test_under_compile_fullgraph(spec, device):
     torch._dynamo.reset()
 
 
-@by_op
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.differentiable], ids=lambda spec: spec.name)
 def test_inductor_with_gradients_and_changing_sizes(spec):
-    if spec.exact:
-        pytest.skip("no gradient; its own test compiles it")
     compiled = torch.compile(spec.op, fullgraph=True, dynamic=True)
     for case in spec.tests()[:3]:
         inputs = case.inputs(torch.float32)

@@ -5,8 +5,8 @@
 
 namespace pvk {
 
-// Runs body(context, worker) once on each of `workers` threads of torch's pool (fewer when called from inside it).
-void run_workers(int64_t workers, void (*body)(void* context, int64_t worker), void* context);
+// Runs body(context) `workers` times, on as many threads of torch's pool (fewer when called from inside it).
+void run_workers(int64_t workers, void (*body)(void* context), void* context);
 int64_t thread_count();
 
 #if defined(PVK_ISA)
@@ -23,7 +23,7 @@ void parallel_for(int64_t count, int64_t chunk, const Body& body) {
   } context{&body, 0, count, chunk < 1 ? 1 : chunk};
   const int64_t pieces = (count + context.chunk - 1) / context.chunk;
   const int64_t threads = thread_count();
-  const auto worker = [](void* opaque, int64_t) {
+  const auto worker = [](void* opaque) {
     Context& c = *static_cast<Context*>(opaque);
     for (;;) {
       const int64_t begin = __atomic_fetch_add(&c.next, c.chunk, __ATOMIC_RELAXED);
@@ -32,7 +32,7 @@ void parallel_for(int64_t count, int64_t chunk, const Body& body) {
     }
   };
   if (pieces == 1 || threads == 1) {
-    worker(&context, 0);
+    worker(&context);
   } else {
     run_workers(pieces < threads ? pieces : threads, worker, &context);
   }
