@@ -17,13 +17,14 @@ namespace {
 constexpr int64_t kMaxGridX = 2147483647, kMaxGridYZ = 65535;
 constexpr int64_t kEnoughBlocks = 1024;  // about what fills the largest GPU once; smaller problems are cut finer
 
-// Pixels and bins are counted in 32 bits, offsets in 64.
+// Boxes, pixels and bins are counted in 32 bits, offsets in 64.
 void check_sizes(const RoiAlignParams& p) {
   const auto check = [](int64_t value, const char* what) {
     if (value < kMaxGridX) return;
     throw std::runtime_error("roi_align: expected " + std::string(what) + " to be below 2147483647, but got " +
                              std::to_string(value));
   };
+  check(p.K, "the number of boxes");
   check(p.H, "the height of input");
   check(p.W, "the width of input");
   check(p.PH, "the height of output_size");
@@ -48,7 +49,7 @@ LaunchConfig cut_forward(const RoiAlignParams& p, int64_t pass_channels, int64_t
   const int64_t grid_y = ceil_div(p.C, plan.channels);
   const int64_t grid_z =
       max_of(int64_t(1), min_of(ceil_div(kEnoughBlocks, p.K * grid_y), ceil_div(warp_items, int64_t(kWarps))));
-  return {dim3(unsigned(min_of(p.K, kMaxGridX)), unsigned(grid_y), unsigned(grid_z)), dim3(kBlockThreads), 0, stream};
+  return {dim3(unsigned(p.K), unsigned(grid_y), unsigned(grid_z)), dim3(kBlockThreads), 0, stream};
 }
 
 template <typename scalar_t, int VEC, int VECS>

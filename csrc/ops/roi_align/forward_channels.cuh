@@ -114,57 +114,55 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(scalar_t) == 8 ? 2 : 3)
   const int64_t c_end = min_of(c_begin + plan.channels, p.C);
   const int bins = int(p.PH * p.PW), PW = int(p.PW);
 
-  for (int64_t k = blockIdx.x; k < p.K; k += gridDim.x) {
-    if (threadIdx.x == 0) roi = load_roi<T>(p, k);
-    __syncthreads();
-    for (int64_t bin = blockIdx.z * kWarps + warp; bin < bins; bin += gridDim.z * kWarps) {
-      const int ph = int(bin) / PW, pw = int(bin) % PW;
-      if (lane == 0) {
-        work.y = sample_range(roi.y, ph, p.H, p.sampling_ratio <= 0);
-        work.x = sample_range(roi.x, pw, p.W, p.sampling_ratio <= 0);
-      }
-      sync_warp();
-      const bool one_list = work.y.end - work.y.begin <= kChunkSamples && work.x.end - work.x.begin <= kChunkSamples;
-      int taps = 0;
-      for (int64_t c0 = c_begin; c0 < c_end; c0 += kPassChannels) {
-        const int64_t c = c0 + lane * VEC;
-        T sum[VECS][VEC] = {};
-        const scalar_t* image[VECS];  // a lane without channels reads others' and stores nothing
-#pragma unroll
-        for (int v = 0; v < VECS; ++v) {
-          image[v] = static_cast<const scalar_t*>(p.map) + roi.image * p.map_stride[0] +
-                     min_of(c + v * kWarpSize * VEC, c_end - VEC);
-        }
-        for (int64_t y0 = work.y.begin; y0 < work.y.end; y0 += kChunkSamples) {
-          for (int64_t x0 = work.x.begin; x0 < work.x.end; x0 += kChunkSamples) {
-            if (!one_list || c0 == c_begin) taps = build_taps(p, roi, ph, pw, y0, x0, sizeof(scalar_t), work);
-            int t = 0;
-#pragma unroll 1
-            for (; t + kTaps <= taps; t += kTaps) add_taps<kTaps>(image, work.taps + t, sum);
-#pragma unroll 1
-            for (; t < taps; ++t) add_taps<1>(image, work.taps + t, sum);
-          }
-        }
-
-        scalar_t* const out = static_cast<scalar_t*>(p.pooled) + k * p.pooled_stride[0] + ph * p.pooled_stride[2] +
-                              pw * p.pooled_stride[3] + c * p.pooled_stride[1];
-#pragma unroll
-        for (int v = 0; v < VECS; ++v) {
-          if (c + v * kWarpSize * VEC >= c_end) continue;
-          VecN<scalar_t, VEC> result;
-#pragma unroll
-          for (int e = 0; e < VEC; ++e) result.data[e] = from_opmath<scalar_t>(sum[v][e]);
-          if (plan.vector_store) {
-            store_vec(out + v * kWarpSize * VEC, result);
-          } else {
-#pragma unroll
-            for (int e = 0; e < VEC; ++e) out[(v * kWarpSize * VEC + e) * p.pooled_stride[1]] = result.data[e];
-          }
-        }
-      }
-      sync_warp();  // the next bin overwrites `work`
+  const int64_t k = blockIdx.x;
+  if (threadIdx.x == 0) roi = load_roi<T>(p, k);
+  __syncthreads();
+  for (int64_t bin = blockIdx.z * kWarps + warp; bin < bins; bin += gridDim.z * kWarps) {
+    const int ph = int(bin) / PW, pw = int(bin) % PW;
+    if (lane == 0) {
+      work.y = sample_range(roi.y, ph, p.H, p.sampling_ratio <= 0);
+      work.x = sample_range(roi.x, pw, p.W, p.sampling_ratio <= 0);
     }
-    __syncthreads();
+    sync_warp();
+    const bool one_list = work.y.end - work.y.begin <= kChunkSamples && work.x.end - work.x.begin <= kChunkSamples;
+    int taps = 0;
+    for (int64_t c0 = c_begin; c0 < c_end; c0 += kPassChannels) {
+      const int64_t c = c0 + lane * VEC;
+      T sum[VECS][VEC] = {};
+      const scalar_t* image[VECS];  // a lane without channels reads others' and stores nothing
+#pragma unroll
+      for (int v = 0; v < VECS; ++v) {
+        image[v] = static_cast<const scalar_t*>(p.map) + roi.image * p.map_stride[0] +
+                   min_of(c + v * kWarpSize * VEC, c_end - VEC);
+      }
+      for (int64_t y0 = work.y.begin; y0 < work.y.end; y0 += kChunkSamples) {
+        for (int64_t x0 = work.x.begin; x0 < work.x.end; x0 += kChunkSamples) {
+          if (!one_list || c0 == c_begin) taps = build_taps(p, roi, ph, pw, y0, x0, sizeof(scalar_t), work);
+          int t = 0;
+#pragma unroll 1
+          for (; t + kTaps <= taps; t += kTaps) add_taps<kTaps>(image, work.taps + t, sum);
+#pragma unroll 1
+          for (; t < taps; ++t) add_taps<1>(image, work.taps + t, sum);
+        }
+      }
+
+      scalar_t* const out = static_cast<scalar_t*>(p.pooled) + k * p.pooled_stride[0] + ph * p.pooled_stride[2] +
+                            pw * p.pooled_stride[3] + c * p.pooled_stride[1];
+#pragma unroll
+      for (int v = 0; v < VECS; ++v) {
+        if (c + v * kWarpSize * VEC >= c_end) continue;
+        VecN<scalar_t, VEC> result;
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) result.data[e] = from_opmath<scalar_t>(sum[v][e]);
+        if (plan.vector_store) {
+          store_vec(out + v * kWarpSize * VEC, result);
+        } else {
+#pragma unroll
+          for (int e = 0; e < VEC; ++e) out[(v * kWarpSize * VEC + e) * p.pooled_stride[1]] = result.data[e];
+        }
+      }
+    }
+    sync_warp();  // the next bin overwrites `work`
   }
 }
 

@@ -170,27 +170,25 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   const int64_t c_begin = blockIdx.y * plan.channels;
   const int64_t c_end = min_of(c_begin + plan.channels, p.C);
 
-  for (int64_t k = blockIdx.x; k < p.K; k += gridDim.x) {
-    if (threadIdx.x == 0) roi = load_roi<T>(p, k);
-    __syncthreads();
-    int row_samples = 0;
-    if (roi.y.grid * T(p.PH) * T(2) <= T(kRowTableTaps)) {
-      row_samples = int(roi.y.grid);
-      for (int ph = threadIdx.x; ph < p.PH; ph += kBlockThreads) build_rows(p, roi.y, ph, row_samples, rows);
-    }
-    __syncthreads();
-    if (roi.x.grid <= T(1)) {
-      forward_bins<scalar_t, 2>(p, roi, k, rows, row_samples, c_begin, c_end);
-    } else if (roi.x.grid <= T(2)) {
-      forward_bins<scalar_t, 4>(p, roi, k, rows, row_samples, c_begin, c_end);
-    } else if (roi.x.grid <= T(4)) {
-      forward_bins<scalar_t, 8>(p, roi, k, rows, row_samples, c_begin, c_end);
-    } else if (roi.x.grid <= T(8)) {
-      forward_bins<scalar_t, 16>(p, roi, k, rows, row_samples, c_begin, c_end);
-    } else {
-      forward_bins<scalar_t, 32>(p, roi, k, rows, row_samples, c_begin, c_end);
-    }
-    __syncthreads();
+  const int64_t k = blockIdx.x;
+  if (threadIdx.x == 0) roi = load_roi<T>(p, k);
+  __syncthreads();
+  int row_samples = 0;
+  if (roi.y.grid * T(p.PH) * T(2) <= T(kRowTableTaps)) {
+    row_samples = int(roi.y.grid);
+    for (int ph = threadIdx.x; ph < p.PH; ph += kBlockThreads) build_rows(p, roi.y, ph, row_samples, rows);
+  }
+  __syncthreads();
+  if (roi.x.grid <= T(1)) {
+    forward_bins<scalar_t, 2>(p, roi, k, rows, row_samples, c_begin, c_end);
+  } else if (roi.x.grid <= T(2)) {
+    forward_bins<scalar_t, 4>(p, roi, k, rows, row_samples, c_begin, c_end);
+  } else if (roi.x.grid <= T(4)) {
+    forward_bins<scalar_t, 8>(p, roi, k, rows, row_samples, c_begin, c_end);
+  } else if (roi.x.grid <= T(8)) {
+    forward_bins<scalar_t, 16>(p, roi, k, rows, row_samples, c_begin, c_end);
+  } else {
+    forward_bins<scalar_t, 32>(p, roi, k, rows, row_samples, c_begin, c_end);
   }
 }
 
