@@ -8,6 +8,7 @@ installed, 64 units are allowed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -50,9 +51,7 @@ def run_case(spec: OpCases, case: Case, dtype: torch.dtype, device: str, layout:
         return
     inputs = case.inputs(dtype, device, layout)
     ours = _forward_backward(spec, spec.op, inputs)
-    precise = {name: _double(value) for name, value in inputs.items()}
-    exact = _forward_backward(spec, spec.reference, precise)
-    peer, exact_of_peer = _run_peer(spec, case, inputs, exact)
+    exact, peer, exact_of_peer = _expected(spec, case, dtype, device, layout)
     for index, direction in enumerate(("forward", "backward")[: len(ours)]):
         error, problem = _relative_error(
             ours[index], exact[index], like=inputs[spec.differentiable[0]] if index else None
@@ -66,6 +65,19 @@ def run_case(spec: OpCases, case: Case, dtype: torch.dtype, device: str, layout:
         else:
             allowed = 2 * unit if spec.peer_is_installed() else UNITS_WITHOUT_PEER * unit
         yield Result(*labels, direction, error, peer_error, allowed, problem)
+
+
+@functools.lru_cache(maxsize=64)
+def _exact(spec: OpCases, case: Case, dtype: torch.dtype, device: str) -> list[Tensor]:
+    precise = {name: _double(value) for name, value in case.inputs(dtype, device).items()}
+    return _forward_backward(spec, spec.reference, precise)
+
+
+# The backends of a device are compared with one run of the reference and the peer.
+@functools.lru_cache(maxsize=64)
+def _expected(spec: OpCases, case: Case, dtype: torch.dtype, device: str, layout: str) -> tuple[list[Tensor], Any, Any]:
+    exact = _exact(spec, case, dtype, device)
+    return exact, *_run_peer(spec, case, case.inputs(dtype, device, layout), exact)
 
 
 def _run_exact(spec: OpCases, case: Case, dtype: torch.dtype, device: str, layout: str, labels: Labels) -> Result:
