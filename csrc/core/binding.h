@@ -14,6 +14,10 @@
 #include "core/memory.h"
 #include "core/types.h"
 
+#if defined(PVK_SIMT)
+#include "simt/host.h"
+#endif
+
 #if !defined(STABLE_TORCH_ERROR_CODE_CHECK)  // torch 2.11
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
@@ -80,6 +84,19 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, cons
   return tensor;
 }
 
+// The address for a kernel, inside a DeviceScope. The emulator is told which memory the view's elements lie in: a
+// kernel that touches any other is stopped.
+inline void* data_of(const Tensor& tensor) {
+  void* const data = tensor.data_ptr();
+#if defined(PVK_SIMT)
+  if (tensor.numel() == 0) return data;
+  int64_t last = 0;
+  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+  simt::allow_global(data, size_t(last + 1) * tensor.element_size());
+#endif
+  return data;
+}
+
 // Makes the tensor's device current, and names the stream that the kernels are queued on.
 class DeviceScope {
  public:
@@ -89,6 +106,11 @@ class DeviceScope {
   }
 #else
   explicit DeviceScope(const Tensor&) {}
+#endif
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+#if defined(PVK_SIMT)
+  ~DeviceScope() { simt::forget_all_global(); }
 #endif
   Stream stream() const { return stream_; }
 

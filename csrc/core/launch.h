@@ -30,25 +30,52 @@ struct LaunchConfig {
   dim3 block;
   size_t shared_bytes = 0;  // dynamic shared memory
   Stream stream = nullptr;
+  unsigned cluster = 1;      // blocks along x that share their shared memory
+  bool cooperative = false;  // all blocks are resident at once, so that grid_sync() works
 };
 
 inline std::string to_string(const dim3& d) {
   return std::string("[") + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + "]";
 }
 
+inline std::string to_string(const LaunchConfig& config) {
+  std::string text = "launch with grid " + to_string(config.grid) + ", block " + to_string(config.block) + " and " +
+                     std::to_string(config.shared_bytes) + " bytes of shared memory";
+  if (config.cluster != 1) text += ", in clusters of " + std::to_string(config.cluster);
+  if (config.cooperative) text += ", cooperative";
+  return text;
+}
+
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), const LaunchConfig& config, Args&&... args) {
-  constexpr size_t kDefaultSharedBytes = 48 * 1024;
-  if (config.shared_bytes > kDefaultSharedBytes) {
-    PVK_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.shared_bytes)));
+  constexpr unsigned kPortableCluster = 8;
+  const auto check = [&](cudaError_t status) {
+    if (status != cudaSuccess) check_cuda(status, to_string(config));
+  };
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  if (config.shared_bytes > 0) {  // without it, static and dynamic together are held to 48 KB
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.shared_bytes)));
+  }
+  if (config.cluster > kPortableCluster) {
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  }
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (config.cluster != 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = config.cluster;
+    attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+    ++count;
+  }
+  if (config.cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count].val.cooperative = 1;
+    ++count;
   }
   const cudaLaunchConfig_t launch_config = {
-      config.grid, config.block, config.shared_bytes, cuda_stream(config.stream), nullptr, 0};
-  const cudaError_t status = cudaLaunchKernelEx(&launch_config, kernel, std::forward<Args>(args)...);
-  if (status == cudaSuccess) return;
-  check_cuda(status, "launch with grid " + to_string(config.grid) + ", block " + to_string(config.block) + " and " +
-                         std::to_string(config.shared_bytes) + " bytes of shared memory");
+      config.grid, config.block, config.shared_bytes, cuda_stream(config.stream), attributes, count,
+  };
+  check(cudaLaunchKernelEx(&launch_config, kernel, std::forward<Args>(args)...));
 }
 
 // One value from the device. Waits for the stream.

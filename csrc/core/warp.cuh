@@ -13,12 +13,16 @@
 
 #define PVK_DEVICE __device__ __forceinline__
 
-// Shared memory: SIMT_SHARED(float[32][33], tile). The host emulator brings its own two macros.
+// Shared memory: SIMT_SHARED(float[32][33], tile). The host emulator brings its own macros, and tells a wrapper the
+// line of its caller: SIMT_SITE is a last parameter (SIMT_ONLY_SITE the only one), SIMT_AT_SITE passes it on.
 #if !defined(SIMT_SHARED)
 #define SIMT_SHARED(type, name) __shared__::std::type_identity_t<type> name
 #define SIMT_DYN_SHARED(type, name)                                           \
   extern __shared__ __align__(16) unsigned char simt_dynamic_shared_memory[]; \
   type* const name = reinterpret_cast<type*>(simt_dynamic_shared_memory)
+#define SIMT_SITE
+#define SIMT_ONLY_SITE
+#define SIMT_AT_SITE
 #endif
 
 namespace pvk {
@@ -29,29 +33,37 @@ constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
 template <typename T>
-PVK_DEVICE T shfl(T value, int lane) {
-  return __shfl_sync(kFullWarp, value, lane);
+PVK_DEVICE T shfl(T value, int lane SIMT_SITE) {
+  return __shfl_sync(kFullWarp, value, lane, kWarpSize SIMT_AT_SITE);
 }
 template <typename T>
-PVK_DEVICE T shfl_xor(T value, int mask) {
-  return __shfl_xor_sync(kFullWarp, value, mask);
+PVK_DEVICE T shfl_xor(T value, int mask SIMT_SITE) {
+  return __shfl_xor_sync(kFullWarp, value, mask, kWarpSize SIMT_AT_SITE);
 }
-PVK_DEVICE unsigned ballot(bool predicate) {
-  return __ballot_sync(kFullWarp, predicate);
+template <typename T>
+PVK_DEVICE T shfl_up(T value, unsigned delta SIMT_SITE) {
+  return __shfl_up_sync(kFullWarp, value, delta, kWarpSize SIMT_AT_SITE);
 }
-PVK_DEVICE unsigned reduce_add(unsigned value) {
-  return __reduce_add_sync(kFullWarp, value);
+template <typename T>
+PVK_DEVICE T shfl_down(T value, unsigned delta SIMT_SITE) {
+  return __shfl_down_sync(kFullWarp, value, delta, kWarpSize SIMT_AT_SITE);
 }
-PVK_DEVICE unsigned reduce_max(unsigned value) {
-  return __reduce_max_sync(kFullWarp, value);
+PVK_DEVICE unsigned ballot(bool predicate SIMT_SITE) {
+  return __ballot_sync(kFullWarp, predicate SIMT_AT_SITE);
 }
-PVK_DEVICE uint64_t reduce_or(uint64_t value) {
-  const unsigned low = __reduce_or_sync(kFullWarp, unsigned(value));
-  const unsigned high = __reduce_or_sync(kFullWarp, unsigned(value >> 32));
+PVK_DEVICE unsigned reduce_add(unsigned value SIMT_SITE) {
+  return __reduce_add_sync(kFullWarp, value SIMT_AT_SITE);
+}
+PVK_DEVICE unsigned reduce_max(unsigned value SIMT_SITE) {
+  return __reduce_max_sync(kFullWarp, value SIMT_AT_SITE);
+}
+PVK_DEVICE uint64_t reduce_or(uint64_t value SIMT_SITE) {
+  const unsigned low = __reduce_or_sync(kFullWarp, unsigned(value) SIMT_AT_SITE);
+  const unsigned high = __reduce_or_sync(kFullWarp, unsigned(value >> 32) SIMT_AT_SITE);
   return uint64_t(high) << 32 | low;
 }
-PVK_DEVICE void sync_warp() {
-  __syncwarp(kFullWarp);
+PVK_DEVICE void sync_warp(unsigned mask = kFullWarp SIMT_SITE) {
+  __syncwarp(mask SIMT_AT_SITE);
 }
 
 // Bits below `index`; index < the word's width.
@@ -62,10 +74,21 @@ PVK_DEVICE constexpr uint64_t bits_below64(int index) {
   return (uint64_t(1) << index) - 1;
 }
 
-// A word that other blocks may be changing by atomics.
+// A word that other threads may be changing by atomics.
 PVK_DEVICE unsigned load_relaxed(const unsigned* address) {
+#if defined(PVK_SIMT)
+  simt::check_access(address, sizeof(unsigned), simt::Access::kAtomicRead);
+  simt::spin();
+#endif
   return *static_cast<const volatile unsigned*>(address);
 }
+
+#if !defined(PVK_SIMT)
+// What PTX takes for an address in shared memory.
+PVK_DEVICE unsigned shared_offset(const void* shared) {
+  return unsigned(__cvta_generic_to_shared(shared));
+}
+#endif
 
 // ---- scalars: arithmetic is in float, or double for double; stores round to nearest even ----
 

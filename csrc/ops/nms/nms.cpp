@@ -32,10 +32,10 @@ Tensor forward_op(const Tensor& boxes, const Tensor& scores, double iou_threshol
   const DeviceScope scope(boxes);
   const Tensor order = sorted_order(scores);
   const Tensor scratch = empty({scratch_bytes(p.N, p.dtype)}, ScalarType::Byte, boxes);
-  p.boxes = boxes.data_ptr();
-  p.order = static_cast<const int64_t*>(order.data_ptr());
-  p.keep = static_cast<int64_t*>(keep.data_ptr());
-  p.scratch = scratch.data_ptr();
+  p.boxes = data_of(boxes);
+  p.order = static_cast<const int64_t*>(data_of(order));
+  p.keep = static_cast<int64_t*>(data_of(keep));
+  p.scratch = data_of(scratch);
   for (int i = 0; i < 2; ++i) p.boxes_stride[i] = boxes.stride(i);
   p.iou_threshold = iou_threshold;
   return torch::stable::narrow(keep, 0, 0, forward(p, scope.stream()));

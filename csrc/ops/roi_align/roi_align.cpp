@@ -9,9 +9,9 @@ namespace {
 RoiAlignParams make_params(const char* op, const Tensor& map, const Tensor& pooled, const Tensor& boxes,
                            double spatial_scale, int64_t sampling_ratio, bool aligned, bool channels_last) {
   RoiAlignParams p{};
-  p.map = map.data_ptr();
-  p.pooled = pooled.data_ptr();
-  p.boxes = boxes.data_ptr();
+  p.map = data_of(map);
+  p.pooled = data_of(pooled);
+  p.boxes = data_of(boxes);
   p.dtype = dtype_of(op, "input", map);
   p.boxes_dtype = dtype_of(op, "boxes", boxes);
   p.N = map.size(0);
