@@ -109,14 +109,13 @@ class DeviceScope {
 #endif
   DeviceScope(const DeviceScope&) = delete;
   DeviceScope& operator=(const DeviceScope&) = delete;
-#if defined(PVK_SIMT)
-  ~DeviceScope() { simt::forget_all_global(); }
-#endif
   Stream stream() const { return stream_; }
 
  private:
 #if defined(PVK_CUDA)
   torch::stable::accelerator::DeviceGuard guard_;
+#elif defined(PVK_SIMT)
+  simt::GlobalScope global_scope_;
 #endif
   void* stream_ = nullptr;
 };

@@ -76,8 +76,7 @@ PVK_DEVICE constexpr uint64_t bits_below64(int index) {
 
 // A word that other threads may be changing by atomics.
 PVK_DEVICE unsigned load_relaxed(const unsigned* address) {
-#if defined(PVK_SIMT)
-  simt::check_access(address, sizeof(unsigned), simt::Access::kAtomicRead);
+#if defined(PVK_SIMT) && !defined(SIMT_HOOKS)  // the hook of a volatile access does it
   simt::spin();
 #endif
   return *static_cast<const volatile unsigned*>(address);

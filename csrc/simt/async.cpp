@@ -68,6 +68,7 @@ bool is_over(const Mbarrier& barrier, unsigned parity) {
   if (source_bytes > bytes)
     fail("cp.async " + line_of(site) + ": expected at most " + std::to_string(bytes) + " source bytes, but got " +
          std::to_string(source_bytes));
+  if (is_shared(global)) fail("cp.async " + line_of(site) + ": expected the source to be in global memory");
   if (reinterpret_cast<uintptr_t>(global) % bytes != 0)
     fail("cp.async " + line_of(site) + ": misaligned source: the address is no multiple of " + std::to_string(bytes));
   observe(global, source_bytes, Access::kRead, false, code);
@@ -76,7 +77,7 @@ bool is_over(const Mbarrier& barrier, unsigned parity) {
       {static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), bytes, source_bytes, site});
 }
 
-void cp_async_commit() noexcept {
+void cp_async_commit() {
   unsigned count = 0;
   for (Copy& copy : current->copies) {
     count += !copy.committed;
@@ -85,7 +86,7 @@ void cp_async_commit() noexcept {
   current->copy_groups.push_back(count);
 }
 
-void cp_async_wait(unsigned groups_left) noexcept {
+void cp_async_wait(unsigned groups_left) {
   Thread& self = *current;
   if (self.copy_groups.size() <= groups_left) return;
   const auto end = self.copy_groups.end() - groups_left;
@@ -95,7 +96,7 @@ void cp_async_wait(unsigned groups_left) noexcept {
   land_oldest(self, count);
 }
 
-void cp_async_wait_all() noexcept {
+void cp_async_wait_all() {
   land_oldest(*current, current->copies.size());
   current->copy_groups.clear();
 }
@@ -106,9 +107,9 @@ void cp_async_wait_all() noexcept {
     fail("mbarrier init " + line_of(site) + ": expected an mbarrier in the block's shared memory");
   if (count == 0 || count >= 1u << 20)
     fail("mbarrier init " + line_of(site) + ": expected a count from 1 to 2^20 - 1, but got " + std::to_string(count));
-  observe(barrier, sizeof(*barrier), Access::kWrite, true, __builtin_return_address(0));
   if (place.block->mbarriers.count(place.offset))
     fail("mbarrier init " + line_of(site) + ": the mbarrier (" + describe_shared(place) + ") is already initialised");
+  observe(barrier, sizeof(*barrier), Access::kWrite, true, __builtin_return_address(0));
   *barrier = count;
   place.block->mbarriers[place.offset] = {count, count, 0, {}, {}, {}, {}};
 }
@@ -116,10 +117,10 @@ void cp_async_wait_all() noexcept {
 [[gnu::noinline]] void mbarrier_invalidate(uint64_t* barrier, Site site) {
   const Mbarrier& state = find_own_mbarrier(barrier, "mbarrier invalidate", site);
   if (!state.waiting.empty()) fail("mbarrier invalidate " + line_of(site) + ": threads wait at it");
-  observe(barrier, sizeof(*barrier), Access::kWrite, true, __builtin_return_address(0));
   SharedPlace place;
   find_shared(barrier, place);
   place.block->mbarriers.erase(place.offset);
+  observe(barrier, sizeof(*barrier), Access::kWrite, true, __builtin_return_address(0));
 }
 
 [[gnu::noinline]] void mbarrier_arrive(uint64_t* barrier, unsigned count, Site site) {
@@ -129,7 +130,8 @@ void cp_async_wait_all() noexcept {
   const unsigned column = self.block->rank * machine.threads_of_block + self.rank;
   state.arrived_in.resize(machine.spec.cluster * machine.threads_of_block);
   if (state.arrived_in[column] == state.phase + 1)
-    fail("mbarrier arrive " + line_of(site) + ": the thread arrives twice in one phase");
+    fail("mbarrier arrive " + line_of(site) +
+         ": the thread arrives twice in one phase; arrive(count) stands for several");
   if (count == 0 || count > state.pending)
     fail("mbarrier arrive " + line_of(site) + ": " + std::to_string(count) + " arrivals, but the phase waits for " +
          std::to_string(state.pending) + " of " + std::to_string(state.count));

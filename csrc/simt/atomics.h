@@ -1,6 +1,8 @@
 // Atomics and fences. One OS thread runs a kernel, so that a plain update is atomic; each one lets the others run.
 #pragma once
 
+#include <cstring>
+
 #include "simt/simt.h"
 
 namespace simt {
@@ -10,6 +12,7 @@ template <typename T, typename F>
 __attribute__((noinline, no_sanitize("thread"))) T update(T* address, const F& next) {
   const T old = *address;
   *address = next(old);
+  if (std::memcmp(address, &old, sizeof(T)) != 0) progress();
   return old;
 }
 

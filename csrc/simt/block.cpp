@@ -36,9 +36,13 @@ Thread& lane_of(const Thread& thread, int lane) {
   return thread.block->threads[thread.rank / kWarpSize * kWarpSize + lane];
 }
 
+bool is_one(unsigned mask) {
+  return (mask & (mask - 1)) == 0;
+}
+
 std::string lanes_text(unsigned mask) {
   const int first = __builtin_ctz(mask);
-  return (mask & (mask - 1)) == 0 ? "lane " + std::to_string(first) : "lanes " + hex(mask);
+  return is_one(mask) ? "lane " + std::to_string(first) : "lanes " + hex(mask);
 }
 
 // The gathering that the lane belongs to, new or begun by another lane.
@@ -56,9 +60,10 @@ Gathering& join(Thread& self, const char* name, unsigned mask, Finish finish, Si
     if (gathering.mask == mask && same_name(gathering.name, name) && same_place(gathering.site, site)) return gathering;
     const bool wait_for_each_other = (gathering.mask & bit) != 0 && (gathering.arrived & mask) != 0;
     if (!wait_for_each_other) continue;
-    fail("warp " + std::to_string(self.rank / kWarpSize) + ": " + lanes_text(gathering.arrived) + " wait at " +
-         at(gathering.name, gathering.site) + " with mask " + hex(gathering.mask) + ", but lane " +
-         std::to_string(lane) + " arrives at " + at(name, site) + " with mask " + hex(mask));
+    fail("warp " + std::to_string(self.rank / kWarpSize) + ": " + lanes_text(gathering.arrived) +
+         (is_one(gathering.arrived) ? " waits at " : " wait at ") + at(gathering.name, gathering.site) + " with mask " +
+         hex(gathering.mask) + ", but lane " + std::to_string(lane) + " arrives at " + at(name, site) + " with mask " +
+         hex(mask));
   }
   warp.gatherings.push_back({name, site, mask, 0, finish, {}});
   return warp.gatherings.back();
@@ -125,8 +130,17 @@ void check_whole_warps(const Thread& self, Barrier& barrier, unsigned id) {
       fail("barrier " + std::to_string(id) + " is complete with " + lanes_text(arrival.lanes) + " of warp " +
            std::to_string(w) + ", which are at " + at(arrival.name, arrival.site) +
            ", but only whole warps can come to it");
-    arrival.lanes = 0;
+    arrival = {};
   }
+}
+
+// A named barrier counts warps: lanes that a warp does not have, or that have exited, come with its last one.
+void count_missing_lanes(const Block& block, Barrier& barrier, unsigned w) {
+  WarpArrival& arrival = barrier.warps[w];
+  const Warp& warp = block.warps[w];
+  if (arrival.lanes == 0 || arrival.counted || (warp.lanes & ~warp.exited & ~arrival.lanes) != 0) return;
+  arrival.counted = true;
+  barrier.arrived += kWarpSize - unsigned(__builtin_popcount(arrival.lanes));
 }
 
 // Barriers 1 to 15, and barrier 0 with a count.
@@ -147,7 +161,9 @@ Barrier& join_named(Thread& self, const char* name, unsigned id, unsigned thread
   }
   arrive_with_warp(self, barrier.warps, name, site);
   release(self, barrier.clock);
-  if (++barrier.arrived == barrier.expected) check_whole_warps(self, barrier, id);
+  ++barrier.arrived;
+  count_missing_lanes(*self.block, barrier, self.rank / kWarpSize);
+  if (barrier.arrived == barrier.expected) check_whole_warps(self, barrier, id);
   return barrier;
 }
 
@@ -164,7 +180,7 @@ void arrive_with_warp(Thread& self, std::vector<WarpArrival>& warps, const char*
   warps.resize(self.block->warps.size());
   WarpArrival& arrival = warps[self.rank / kWarpSize];
   const unsigned bit = 1u << self.rank % kWarpSize;
-  if (arrival.lanes & bit) arrival.lanes = 0;  // the warp comes again
+  if (arrival.lanes & bit) arrival = {};  // the warp comes again
   if (arrival.lanes != 0 && (!same_name(arrival.name, name) || !same_place(arrival.site, site)))
     fail("a barrier in divergent code: the thread arrives at " + at(name, site) + ", but " + lanes_text(arrival.lanes) +
          " of its warp arrived at " + at(arrival.name, arrival.site));
@@ -201,11 +217,20 @@ void leave_barriers(Thread& self) {
   --block.alive;
   for (const Gathering& gathering : warp.gatherings) {
     if (gathering.mask & bit)
-      fail("the thread exits, but " + lanes_text(gathering.arrived) + " wait for it at " +
-           at(gathering.name, gathering.site) + " with mask " + hex(gathering.mask));
+      fail("the thread exits, but " + lanes_text(gathering.arrived) +
+           (is_one(gathering.arrived) ? " waits for it at " : " wait for it at ") + at(gathering.name, gathering.site) +
+           " with mask " + hex(gathering.mask));
   }
   Barrier& barrier = block.barriers[0];
   if (barrier.expected == 0 && barrier.arrived > 0 && barrier.arrived == block.alive) complete_block_barrier(block);
+  for (unsigned id = 0; id < kBarriers; ++id) {
+    Barrier& named = block.barriers[id];
+    if (named.expected == 0 || named.arrived == 0) continue;
+    count_missing_lanes(block, named, self.rank / kWarpSize);
+    if (named.arrived != named.expected) continue;
+    check_whole_warps(self, named, id);
+    complete_named(named);
+  }
 }
 
 void collective(const char* name, unsigned mask, void* operand, Finish finish, Site site) {
@@ -213,7 +238,8 @@ void collective(const char* name, unsigned mask, void* operand, Finish finish, S
 }
 
 void sync_warp(unsigned mask, Site site) {
-  gather("__syncwarp", mask, nullptr, nullptr, site, true);
+  // The lanes that a last, shorter warp does not have cannot be waited for.
+  gather("__syncwarp", mask & warp_of(*current).lanes, nullptr, nullptr, site, true);
 }
 
 unsigned sync_threads(const char* name, Reduce reduce, bool predicate, Site site) {

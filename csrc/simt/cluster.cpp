@@ -50,21 +50,18 @@ void leave_meetings(Thread& self) {
 void cluster_arrive(Site site) {
   Thread& self = *current;
   Meeting& meeting = *self.block->cluster;
-  if (self.cluster_arrived) fail("cluster_arrive " + line_of(site) + " comes twice without a cluster_wait");
+  if (self.cluster_waits) fail("cluster_arrive " + line_of(site) + " comes twice without a cluster_wait");
   arrive_with_warp(self, self.block->cluster_arrivals, "cluster_arrive", site);
-  self.cluster_arrived = true;
+  self.cluster_arrived = self.cluster_waits = true;
   meeting.site = site;
   if (++meeting.arrived == meeting.expected) complete_cluster(*self.block);
 }
 
 void cluster_wait(Site site) {
   Thread& self = *current;
-  if (!self.cluster_arrived) {
-    // Complete already, unless the thread has never arrived.
-    if (self.block->cluster->base == machine.cohort_base)
-      fail("cluster_wait " + line_of(site) + " comes without a cluster_arrive");
-    return;
-  }
+  if (!self.cluster_waits) fail("cluster_wait " + line_of(site) + " comes without a cluster_arrive");
+  self.cluster_waits = false;
+  if (!self.cluster_arrived) return;  // complete already
   self.block->cluster->waiting.push_back(&self);
   wait_here(self, "cluster_wait", site);
 }

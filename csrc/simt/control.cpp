@@ -3,7 +3,7 @@
 
 #define SIMT_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Of the launches that this OS thread makes from now on; see simt::Options.
+// Of all launches from now on; see simt::Options.
 SIMT_EXPORT void pvk_simt_set_options(uint64_t seed, int races, int global_races) {
   simt::set_options({seed, races != 0, global_races != 0});
 }

@@ -61,6 +61,11 @@ SIMT_HOOK void* simt_memcpy(void* to, const void* from, size_t bytes) {
   simt::observe(to, bytes, Access::kWrite, false, SIMT_HERE);
   return std::memcpy(to, from, bytes);
 }
+SIMT_HOOK void* simt_memmove(void* to, const void* from, size_t bytes) {
+  simt::observe(from, bytes, Access::kRead, false, SIMT_HERE);
+  simt::observe(to, bytes, Access::kWrite, false, SIMT_HERE);
+  return std::memmove(to, from, bytes);
+}
 SIMT_HOOK void* simt_memset(void* to, int value, size_t bytes) {
   simt::observe(to, bytes, Access::kWrite, false, SIMT_HERE);
   return std::memset(to, value, bytes);

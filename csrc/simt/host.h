@@ -17,10 +17,23 @@ struct Options {
 void set_options(const Options& options);
 Options options();
 
-// Memory that kernels may touch; everything else on the heap is out of bounds. The list is of this OS thread.
+// Memory that kernels may touch, beside shared memory, their stack and constants; all else is out of bounds. What an OS
+// thread allows is for its own launches, until the scope in which it did ends.
+class GlobalScope {
+ public:
+  GlobalScope();
+  ~GlobalScope();
+  GlobalScope(const GlobalScope&) = delete;
+  GlobalScope& operator=(const GlobalScope&) = delete;
+
+ private:
+  size_t count_;
+};
 void allow_global(const void* begin, size_t bytes);
-void forget_global(const void* begin);
-void forget_all_global();
+
+// cudaMalloc's and cudaFree's, for all launches.
+void add_allocation(const void* begin, size_t bytes);
+void remove_allocation(const void* begin);
 
 struct LaunchSpec {
   dim3 grid, block;

@@ -41,8 +41,10 @@ inline __attribute__((always_inline)) T load(const T* address) {
 template <typename T>
 inline __attribute__((always_inline)) T load_volatile(const T* address) {
   using Bits = typename Word<sizeof(T)>::Type;
+#if !defined(SIMT_HOOKS)  // the hook of a volatile access does it
   check_access(address, sizeof(T), Access::kAtomicRead);
   spin();
+#endif
   return __builtin_bit_cast(T, *reinterpret_cast<const volatile Bits*>(address));
 }
 

@@ -37,8 +37,9 @@ struct alignas(64) Thread {
   unsigned waits_mask;  // lanes, where it waits for some
   uint3 index;
   bool exited;
-  bool cluster_arrived;
-  uint32_t* known;  // order.cpp: the times of the cluster's threads that it has learned of
+  bool cluster_arrived;  // at a barrier that is not complete
+  bool cluster_waits;    // has arrived, and not waited since
+  uint32_t* known;       // order.cpp: the times of the cluster's threads that it has learned of
   std::vector<Copy> copies;
   std::vector<unsigned> copy_groups;  // sizes of the committed groups, oldest first
 };
@@ -62,6 +63,7 @@ struct Warp {
 // The lanes of a warp that have come to a barrier, which is one for all of them.
 struct WarpArrival {
   unsigned lanes = 0;
+  bool counted = false;  // the warp is complete, and its missing lanes are counted
   const char* name = nullptr;
   Site site;
 };
@@ -117,9 +119,10 @@ struct Block {
 };
 
 struct GlobalRange {
-  uintptr_t begin;
-  size_t bytes;
-  std::unique_ptr<Shadow> shadow;
+  uintptr_t begin = 0;
+  size_t bytes = 0;
+  uint64_t era = 0;  // in which the shadow began
+  std::unique_ptr<Shadow> shadow = nullptr;
 };
 
 // Shared memory of a block: static variables from the front, the dynamic part at the end, gaps between.
@@ -163,12 +166,15 @@ struct Machine {
   std::vector<SharedVariable*> shared_variables;
   size_t static_bytes = 0, static_end = 0;  // declared; of the arena, with gaps
   std::unique_ptr<Shadow> shared_shadow;
-  std::vector<GlobalRange>* ranges = nullptr;
+  std::vector<GlobalRange>* ranges = nullptr;  // that the launching thread has allowed
+  std::vector<GlobalRange> allocations;        // of cudaMalloc
+  uint64_t era = 0;                            // how often the clock has begun again
 
   // Time.
   uint32_t clock = 0, launch_base = 0, cohort_base = 0;
   std::vector<uint32_t> fences;                    // by block of the grid: its latest fence
   std::vector<std::vector<Readers>> more_readers;  // since readers_base
+  std::vector<uint32_t> free_readers;              // lists of more_readers that no cell has
   uint32_t readers_base = 0;
   std::vector<std::unique_ptr<uint32_t[]>> known_rows;
   size_t known_columns = 0;

@@ -46,6 +46,7 @@ struct Observed {
   uintptr_t address;
   size_t bytes;
   Access access;
+  bool aligned;  // to its size, as loads and stores of scalars and vectors must be
   const void* code;
 };
 
@@ -70,6 +71,12 @@ std::string describe_place(const Observed& o) {
        ", and nothing orders the two");
 }
 
+// Gives the list of further readers back, if it is of this cohort.
+void free_more(Cell& cell) {
+  if (cell.more != 0 && cell.readers.time > machine.readers_base) machine.free_readers.push_back(cell.more);
+  cell.more = 0;
+}
+
 bool same_readers(const Readers& a, const Readers& b) {
   return a.warp == b.warp && a.time == b.time && a.atomic == b.atomic && a.wrote == b.wrote;
 }
@@ -89,6 +96,20 @@ void check_readers(const Observed& o, const Readers& readers, uint32_t base) {
   }
 }
 
+constexpr size_t kManyReaders = 64;  // from then on a list is pruned
+
+// A later access of a thread stands for its earlier ones of the same kind: who knows of it knows of them.
+void forget_earlier(std::vector<Readers>& more, const Readers& mine) {
+  size_t kept = 0;
+  for (Readers& readers : more) {
+    if (readers.warp == mine.warp && readers.atomic == mine.atomic && readers.wrote == mine.wrote &&
+        readers.time != mine.time)
+      readers.lanes &= ~mine.lanes;
+    if (readers.lanes != 0) more[kept++] = readers;
+  }
+  more.resize(kept);
+}
+
 void add_reader(const Observed& o, Cell& cell, uint32_t base, uint32_t place) {
   const Block& block = *o.self.block;
   const unsigned warps = unsigned(block.warps.size());
@@ -96,8 +117,8 @@ void add_reader(const Observed& o, Cell& cell, uint32_t base, uint32_t place) {
   Readers mine = {time, 1u << o.self.rank % kWarpSize, place, warp, is_atomic(o.access), writes(o.access)};
   Readers& first = cell.readers;
   if (first.time <= base) {
+    free_more(cell);
     first = mine;
-    cell.more = 0;
     cell.updated = mine.wrote;
     return;
   }
@@ -109,11 +130,16 @@ void add_reader(const Observed& o, Cell& cell, uint32_t base, uint32_t place) {
     return true;
   };
   if (join(first)) return;
-  if (cell.more == 0) {
+  if (cell.more == 0 && !machine.free_readers.empty()) {
+    cell.more = machine.free_readers.back();
+    machine.free_readers.pop_back();
+    machine.more_readers[cell.more - 1].clear();
+  } else if (cell.more == 0) {
     machine.more_readers.emplace_back();
     cell.more = uint32_t(machine.more_readers.size());
   }
   auto& more = machine.more_readers[cell.more - 1];
+  if (more.size() >= kManyReaders) forget_earlier(more, mine);
   for (Readers& readers : more) {
     if (join(readers)) return;
   }
@@ -136,10 +162,11 @@ void update(const Observed& o, Cell& cell, uint32_t base, bool pending) {
     }
   }
   // An atomic does not make a plain write forgotten that others may not know of.
-  const bool keeps_write = o.access == Access::kAtomicWrite && !cell.atomic && cell.write_time > base;
+  const bool keeps_write = o.access == Access::kAtomicWrite && cell.write_time > base;
   if (keeps_write || !writes(o.access)) return add_reader(o, cell, base, place);
+  free_more(cell);
   cell.readers.time = 0;
-  cell.more = cell.updated = 0;
+  cell.updated = 0;
   cell.write_time = time_of(o.self);
   cell.write_place = place;
   cell.writer = o.self.id;
@@ -167,12 +194,13 @@ void for_each_cell(Shadow& shadow, size_t offset, size_t bytes, const Visit& vis
     const bool whole = offset % 4 == 0 && end - offset >= 4;
     const bool split = shadow.split_in(offset) == uint32_t(machine.launches);
     if (whole && !split) {
-      visit(shadow.word(offset));
+      visit(shadow.word(offset), true);
       offset += 4;
       continue;
     }
     if (!split) split_word(shadow, offset);
-    for (const size_t next = std::min(end, offset / 4 * 4 + 4); offset < next; ++offset) visit(shadow.byte(offset));
+    for (const size_t next = std::min(end, offset / 4 * 4 + 4); offset < next; ++offset)
+      visit(shadow.byte(offset), false);
   }
 }
 
@@ -183,10 +211,18 @@ void observe_shared(const Observed& o, size_t arena_offset, bool pending) {
   if (owner.alive == 0) refuse(o, describe_place(o) + " of a block of the cluster that has exited");
   if (!kSeesAllAccesses || !machine.options.races) return;
   const uint32_t base = o.self.block->shared_base;
-  for_each_cell(*machine.shared_shadow, arena_offset, o.bytes, [&](Cell& cell) {
-    if (o.access != Access::kWrite && cell.write_time <= machine.cohort_base)
-      refuse(o, describe_place(o) +
-                    ", which no thread has written yet: uninitialised shared memory, or a missing barrier");
+  if (o.access == Access::kWrite && !owner.mbarriers.empty() && owner.mbarriers.count(offset / 8 * 8))
+    refuse(o, describe_place(o) + ", which is an mbarrier");
+  unsigned padding = 0;  // bytes of a word that nobody has written
+  for_each_cell(*machine.shared_shadow, arena_offset, o.bytes, [&](Cell& cell, bool is_word) {
+    if (!writes(o.access) && cell.write_time <= machine.cohort_base) {
+      // A struct is copied with its padding.
+      if (o.aligned || is_word || ++padding == 4)
+        refuse(o, describe_place(o) +
+                      ", which no thread has written yet: uninitialised shared memory, or a missing barrier");
+      return;
+    }
+    padding = 0;
     update(o, cell, base, pending);
   });
 }
@@ -233,34 +269,47 @@ bool is_own_data(uintptr_t address) {
     refuse(o, "the local memory of another thread");
   const GlobalRange* nearest = nullptr;
   uintptr_t nearest_distance = ~uintptr_t(0);
-  for (const GlobalRange& range : *machine.ranges) {
+  const auto look = [&](const GlobalRange& range) {
     const uintptr_t distance =
         o.address < range.begin ? range.begin - o.address : o.address + o.bytes - (range.begin + range.bytes);
     if (distance < nearest_distance) nearest = &range, nearest_distance = distance;
-  }
+  };
+  for (const GlobalRange& range : *machine.ranges) look(range);
+  for (const GlobalRange& range : machine.allocations) look(range);
   char address[32];
   std::snprintf(address, sizeof(address), "0x%" PRIxPTR, o.address);
   std::string text = std::string("out of bounds of global memory: ") + address;
   if (nearest != nullptr) {
-    text += o.address < nearest->begin
-                ? ", " + std::to_string(nearest->begin - o.address) + " bytes before an array of "
-                : ", " + std::to_string(intptr_t(o.address - (nearest->begin + nearest->bytes))) +
-                      " bytes behind the end of an array of ";
-    text += std::to_string(nearest->bytes) + " bytes";
+    const intptr_t behind = intptr_t(o.address - (nearest->begin + nearest->bytes));
+    text += o.address < nearest->begin ? ", " + std::to_string(nearest->begin - o.address) + " bytes before the begin"
+            : behind < 0               ? ", across the end"
+                                       : ", " + std::to_string(behind) + " bytes behind the end";
+    text += " of an array of " + std::to_string(nearest->bytes) + " bytes";
   }
   refuse(o, text);
 }
 
+// Whether the access is in the range; then it is recorded.
+bool observe_range(const Observed& o, GlobalRange& range) {
+  const uintptr_t offset = o.address - range.begin;
+  if (offset >= range.bytes || o.bytes > range.bytes - offset) return false;
+  if (!kSeesAllAccesses || !machine.options.global_races) return true;
+  const size_t shift = range.begin % 4;  // words of memory are words of the shadow
+  if (!range.shadow || range.era != machine.era) {
+    range.shadow = std::make_unique<Shadow>(range.bytes + shift);
+    range.era = machine.era;
+  }
+  const uint32_t base = machine.spec.cooperative ? machine.grid.base : machine.launch_base;
+  for_each_cell(*range.shadow, offset + shift, o.bytes, [&](Cell& cell, bool) { update(o, cell, base, false); });
+  return true;
+}
+
 void observe_global(const Observed& o) {
   for (GlobalRange& range : *machine.ranges) {
-    const uintptr_t offset = o.address - range.begin;
-    if (offset >= range.bytes || o.bytes > range.bytes - offset) continue;
-    if (!kSeesAllAccesses || !machine.options.global_races) return;
-    const size_t shift = range.begin % 4;  // words of memory are words of the shadow
-    if (!range.shadow) range.shadow = std::make_unique<Shadow>(range.bytes + shift);
-    const uint32_t base = machine.spec.cooperative ? machine.grid.base : machine.launch_base;
-    for_each_cell(*range.shadow, offset + shift, o.bytes, [&](Cell& cell) { update(o, cell, base, false); });
-    return;
+    if (observe_range(o, range)) return;
+  }
+  for (GlobalRange& range : machine.allocations) {
+    if (observe_range(o, range)) return;
   }
   if (!is_own_data(o.address)) report_out_of_bounds(o);
 }
@@ -270,7 +319,7 @@ void observe_global(const Observed& o) {
 void observe(const void* pointer, size_t bytes, Access access, bool aligned, const void* code) {
   Thread* const self = current;
   if (self == nullptr || bytes == 0) return;
-  const Observed o{*self, reinterpret_cast<uintptr_t>(pointer), bytes, access, code};
+  const Observed o{*self, reinterpret_cast<uintptr_t>(pointer), bytes, access, aligned, code};
   const uintptr_t stack = reinterpret_cast<uintptr_t>(self->context.stack_low);
   if (o.address - stack < kStackBytes) return;
   if (aligned && (o.address & (bytes - 1)) != 0)
@@ -285,9 +334,10 @@ void observe(const void* pointer, size_t bytes, Access access, bool aligned, con
 }
 
 void start_copy(void* shared, size_t bytes, const void* code) {
-  const Observed o{*current, reinterpret_cast<uintptr_t>(shared), bytes, Access::kWrite, code};
+  const Observed o{*current, reinterpret_cast<uintptr_t>(shared), bytes, Access::kWrite, true, code};
   SharedPlace place;
-  if (!find_shared(shared, place)) refuse(o, "expected the destination of cp.async to be in shared memory");
+  if (!find_shared(shared, place) || place.block != o.self.block)
+    refuse(o, "expected the destination of cp.async to be in the block's shared memory");
   if ((o.address & (bytes - 1)) != 0)
     refuse(o, "misaligned cp.async: the address is no multiple of " + std::to_string(bytes) + ", " + describe_place(o));
   observe_shared(o, o.address - reinterpret_cast<uintptr_t>(machine.arenas), true);
@@ -297,7 +347,7 @@ void start_copy(void* shared, size_t bytes, const void* code) {
 void land_copy(void* shared, size_t bytes) {
   if (!kSeesAllAccesses || !machine.options.races) return;
   const size_t offset = static_cast<unsigned char*>(shared) - machine.arenas;
-  for_each_cell(*machine.shared_shadow, offset, bytes, [&](Cell& cell) {
+  for_each_cell(*machine.shared_shadow, offset, bytes, [&](Cell& cell, bool) {
     cell.pending = 0;
     cell.write_time = time_of(*current);
   });
@@ -326,7 +376,7 @@ void leave_shared(Thread& self) {
   const unsigned warps = unsigned(block.warps.size());
   for (const auto& [begin, bytes] : shared_extents()) {
     size_t offset = begin;  // of about where the cell is
-    for_each_cell(*machine.shared_shadow, block.slot * kArenaBytes + begin, bytes, [&](const Cell& cell) {
+    for_each_cell(*machine.shared_shadow, block.slot * kArenaBytes + begin, bytes, [&](const Cell& cell, bool) {
       check_before_exit(block, offset, cell.writer, cell.write_time, cell.write_place, "writes");
       const auto check = [&](const Readers& readers) {
         for (unsigned lanes = readers.lanes; lanes != 0; lanes &= lanes - 1) {
@@ -350,17 +400,25 @@ std::vector<GlobalRange>& global_ranges() {
   return ranges;
 }
 
+GlobalScope::GlobalScope() : count_(global_ranges().size()) {}
+
+GlobalScope::~GlobalScope() {
+  global_ranges().resize(count_);
+}
+
 void allow_global(const void* begin, size_t bytes) {
-  if (bytes > 0) global_ranges().push_back({reinterpret_cast<uintptr_t>(begin), bytes, nullptr});
+  if (bytes > 0) global_ranges().push_back({reinterpret_cast<uintptr_t>(begin), bytes});
 }
 
-void forget_global(const void* begin) {
-  std::erase_if(global_ranges(),
+void add_allocation(const void* begin, size_t bytes) {
+  const std::lock_guard<std::mutex> lock(machine.running);
+  machine.allocations.push_back({reinterpret_cast<uintptr_t>(begin), bytes});
+}
+
+void remove_allocation(const void* begin) {
+  const std::lock_guard<std::mutex> lock(machine.running);
+  std::erase_if(machine.allocations,
                 [&](const GlobalRange& range) { return range.begin == reinterpret_cast<uintptr_t>(begin); });
-}
-
-void forget_all_global() {
-  global_ranges().clear();
 }
 
 }  // namespace simt

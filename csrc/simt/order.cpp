@@ -3,7 +3,8 @@
 //   - a __syncwarp of its whole warp: of the warp's lanes (`Warp::base`);
 //   - anything else (a __syncwarp of some lanes, named barriers, mbarriers): of each thread on its own, in its row of
 //     `known`, which exists only where such a thing has happened.
-// Shuffles and votes order nothing. On global memory, across blocks, a fence on both sides is taken as order.
+// Shuffles and votes order nothing. A fence on both sides is taken as order, whatever they publish: on shared memory in
+// the order of the fences, on global memory across blocks in either.
 #include <algorithm>
 
 #include "simt/machine.h"
@@ -129,7 +130,7 @@ void acquire(Thread& self, const std::vector<uint32_t>& clock) {
   self.block->knows_more = true;
 }
 
-void fence() noexcept {
+void fence() {
   Thread* const self = current;
   if (self == nullptr) return;
   std::vector<uint32_t>& clock = self->block->cluster->fences;

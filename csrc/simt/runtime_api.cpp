@@ -264,7 +264,7 @@ cudaError_t cudaMalloc(void** address, size_t bytes) {
   void* const memory = whole < bytes ? nullptr : std::aligned_alloc(kMallocAlignment, whole);
   if (memory == nullptr) return report(cudaErrorMemoryAllocation, std::to_string(bytes) + " bytes");
   std::memset(memory, 0xFF, whole);
-  simt::allow_global(memory, bytes);
+  simt::add_allocation(memory, bytes);
   const std::lock_guard lock(mutex);
   allocations.insert(memory);
   *address = memory;
@@ -275,7 +275,7 @@ cudaError_t cudaFree(void* address) {
   if (address == nullptr) return cudaSuccess;
   const std::lock_guard lock(mutex);
   if (allocations.erase(address) == 0) return report(cudaErrorInvalidValue, "cudaMalloc did not return this address");
-  simt::forget_global(address);
+  simt::remove_allocation(address);
   std::free(address);
   return cudaSuccess;
 }

@@ -22,7 +22,7 @@ thread_local Thread* current = nullptr;
 
 namespace {
 
-constexpr uint64_t kMaxSpins = 20'000'000;  // of all threads together, while nothing else happens
+constexpr uint64_t kMaxSpins = 5'000'000;  // of all threads together, while nothing else happens
 
 constexpr uint32_t kLatestStart = 3u << 30;  // of a launch, on the clock
 
@@ -153,14 +153,10 @@ class OverflowHandler {
  public:
   OverflowHandler() {
 #if !defined(SIMT_ASAN)
-    stack_t own{};
-    sigaltstack(nullptr, &own);
-    if (own.ss_flags & SS_DISABLE) {
-      constexpr size_t kBytes = 64 * 1024;
-      static thread_local const std::unique_ptr<char[]> memory(new char[kBytes]);
-      own = {memory.get(), 0, kBytes};
-      sigaltstack(&own, nullptr);
-    }
+    constexpr size_t kBytes = 64 * 1024;  // a message is made on it
+    static thread_local const std::unique_ptr<char[]> memory(new char[kBytes]);
+    const stack_t own = {memory.get(), 0, kBytes};
+    sigaltstack(&own, &before_stack_);
     struct sigaction action{};
     action.sa_sigaction = handle;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
@@ -170,6 +166,7 @@ class OverflowHandler {
   ~OverflowHandler() {
 #if !defined(SIMT_ASAN)
     for (int i = 0; i < 2; ++i) sigaction(kSignals[i], &before_[i], nullptr);
+    sigaltstack(&before_stack_, nullptr);
 #endif
   }
   OverflowHandler(const OverflowHandler&) = delete;
@@ -178,6 +175,7 @@ class OverflowHandler {
  private:
   static constexpr int kSignals[] = {SIGSEGV, SIGBUS};
   static inline struct sigaction before_[2];
+  stack_t before_stack_{};
 
   static void handle(int signal, siginfo_t* info, void*) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(info->si_addr);
@@ -215,7 +213,7 @@ void start_thread(Thread& thread, Block& block, unsigned rank) {
   thread.id = uint32_t(uint64_t(block.number) * machine.threads_of_block + rank);
   thread.rank = rank;
   thread.time = machine.clock;
-  thread.exited = thread.cluster_arrived = false;
+  thread.exited = thread.cluster_arrived = thread.cluster_waits = false;
   thread.waits_for = nullptr;
   thread.known = nullptr;
 }
@@ -301,6 +299,7 @@ void clear_after_failure() {
 
 void forget_readers() {
   machine.more_readers.clear();
+  machine.free_readers.clear();
   machine.readers_base = machine.clock - 1;
 }
 
@@ -309,7 +308,7 @@ void restart_time() {
   machine.clock = 0;
   machine.shared_shadow = std::make_unique<Shadow>(machine.arenas_bytes);
   machine.known_rows.clear();
-  for (GlobalRange& range : *machine.ranges) range.shadow.reset();
+  ++machine.era;
 }
 
 void run_all(uint64_t blocks) {
@@ -348,6 +347,10 @@ void wait_here(Thread& self, const char* what, Site site, unsigned mask) {
   go_on(self);
 }
 
+void progress() noexcept {
+  machine.spins = 0;
+}
+
 void spin() {
   Thread* const self = current;
   if (self == nullptr) return;
@@ -383,6 +386,7 @@ void set_options(const Options& options) {
 }
 
 Options options() {
+  const std::lock_guard<std::mutex> lock(machine.running);
   return machine.options;
 }
 

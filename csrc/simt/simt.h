@@ -77,14 +77,15 @@ enum class Access : uint8_t { kRead, kWrite, kAtomicRead, kAtomicWrite };
 void check_access(const void* address, size_t bytes, Access access);
 bool is_shared(const void* address) noexcept;
 
-void fence() noexcept;  // __threadfence and weaker
-void spin();            // lets the others run: each turn of a loop that waits for memory to change
+void fence();              // __threadfence and weaker
+void progress() noexcept;  // memory has changed: this is no livelock
+void spin();               // lets the others run: each turn of a loop that waits for memory to change
 
 // cp.async of 4, 8 or 16 bytes, of which `source_bytes` are read and the rest is zero; lands at its wait.
 void cp_async(void* shared, const void* global, unsigned bytes, unsigned source_bytes, Site site);
-void cp_async_commit() noexcept;
-void cp_async_wait(unsigned groups_left) noexcept;  // all but the latest `groups_left` committed groups have landed
-void cp_async_wait_all() noexcept;                  // committed or not
+void cp_async_commit();
+void cp_async_wait(unsigned groups_left);  // all but the latest `groups_left` committed groups have landed
+void cp_async_wait_all();                  // committed or not
 
 // mbarrier: a 64-bit word in shared memory.
 void mbarrier_init(uint64_t* barrier, unsigned count, Site site);

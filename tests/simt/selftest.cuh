@@ -1,4 +1,4 @@
-// What right.cu and wrong.cu share: arrays on the device, and errors as text.
+// What the files beside this one share: arrays on the device, and errors as text.
 #pragma once
 
 #include <exception>
@@ -56,6 +56,33 @@ const char* catch_error(const Body& body) {
   } catch (const std::exception& error) {
     return keep(error.what());
   }
+}
+
+constexpr int kCount = 64;
+
+// What the kernels of wrong.cu and legal.cu get.
+inline const char* run_on_zeros(void (*kernel)(float*, int), const pvk::LaunchConfig& config) {
+  return catch_error([&] {
+    DeviceArray<float> data(kCount);
+    data.clear();
+    pvk::launch(kernel, config, data.data(), kCount);
+  });
+}
+
+inline pvk::LaunchConfig threads(unsigned x, unsigned y = 1, unsigned z = 1) {
+  return {dim3(1), dim3(x, y, z)};
+}
+inline pvk::LaunchConfig blocks(unsigned x, unsigned y = 1, unsigned z = 1) {
+  return {dim3(x, y, z), dim3(kCount)};
+}
+inline pvk::LaunchConfig dynamic_shared(size_t bytes) {
+  return {dim3(1), dim3(kCount), bytes};
+}
+inline pvk::LaunchConfig clusters(unsigned grid, unsigned cluster) {
+  return {dim3(grid), dim3(kCount), 0, nullptr, cluster};
+}
+inline pvk::LaunchConfig cooperative(unsigned grid, unsigned block_threads = kCount) {
+  return {dim3(grid), dim3(block_threads), 0, nullptr, 1, true};
 }
 
 }  // namespace selftest

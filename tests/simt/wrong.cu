@@ -11,37 +11,11 @@ namespace {
 
 using namespace pvk;
 
-constexpr int kCount = 64;
-
-const char* run_wrong(void (*kernel)(float*, int), const LaunchConfig& config) {
-  return catch_error([&] {
-    DeviceArray<float> data(kCount);
-    data.clear();
-    launch(kernel, config, data.data(), kCount);
-  });
-}
-
-LaunchConfig threads(unsigned x, unsigned y = 1, unsigned z = 1) {
-  return {dim3(1), dim3(x, y, z)};
-}
-LaunchConfig blocks(unsigned x, unsigned y = 1, unsigned z = 1) {
-  return {dim3(x, y, z), dim3(kCount)};
-}
-LaunchConfig dynamic_shared(size_t bytes) {
-  return {dim3(1), dim3(kCount), bytes};
-}
-LaunchConfig clusters(unsigned grid, unsigned cluster) {
-  return {dim3(grid), dim3(kCount), 0, nullptr, cluster};
-}
-LaunchConfig cooperative(unsigned grid, unsigned block_threads = kCount) {
-  return {dim3(grid), dim3(block_threads), 0, nullptr, 1, true};
-}
-
-#define WRONG(name, config)                  \
-  }                                          \
-  SELFTEST wrong_##name() {                  \
-    return run_wrong(name##_kernel, config); \
-  }                                          \
+#define WRONG(name, config)                     \
+  }                                             \
+  SELFTEST wrong_##name() {                     \
+    return run_on_zeros(name##_kernel, config); \
+  }                                             \
   namespace {
 
 // ---- races on shared memory ----
@@ -140,6 +114,17 @@ __global__ void atomic_after_own_write_kernel(float* data, int) {
   data[threadIdx.x] = float(count);
 }
 WRONG(atomic_after_own_write, threads(64))
+
+// The second atomic must not make the first one forgotten.
+__global__ void read_after_atomics_kernel(float* data, int) {
+  SIMT_SHARED(int, sum);
+  const int i = threadIdx.x;
+  if (i == 0) sum = 0;
+  __syncthreads();
+  if (i == 0 || i == 32) atomicAdd(&sum, 1);
+  if (i == 32) data[i] = float(sum);  // line: read_after_atomics read
+}
+WRONG(read_after_atomics, threads(64))
 
 // With races looked for on global memory: blocks are not ordered.
 __global__ void global_race_kernel(float* data, int n) {
@@ -359,6 +344,13 @@ __global__ void exit_with_copies_kernel(float* data, int) {
 }
 WRONG(exit_with_copies, threads(64))
 
+__global__ void copy_from_shared_kernel(float*, int) {
+  SIMT_SHARED(float4[2], shared);
+  shared[0] = {};
+  cp_async<16>(&shared[1], &shared[0]);  // line: copy_from_shared copy
+}
+WRONG(copy_from_shared, threads(1))
+
 __global__ void unaligned_copy_kernel(float* data, int) {
   SIMT_SHARED(float4[kCount], shared);
   cp_async<16>(&shared[threadIdx.x], data + 1);  // line: unaligned_copy copy
@@ -428,6 +420,33 @@ __global__ void atomic_out_of_bounds_kernel(float* data, int n) {
   atomicAdd(&data[n], 1.0f);  // line: atomic_out_of_bounds atomic
 }
 WRONG(atomic_out_of_bounds, threads(1))
+
+__global__ void memset_out_of_bounds_kernel(float* data, int n) {
+  memset(data, 0, (n + 1) * sizeof(float));  // line: memset_out_of_bounds clear
+}
+WRONG(memset_out_of_bounds, threads(1))
+
+__global__ void memcpy_out_of_bounds_kernel(float* data, int n) {
+  float local[3];
+  memcpy(local, data + n - 2, sizeof(local));  // line: memcpy_out_of_bounds copy
+  data[0] = local[0] + local[2];
+}
+WRONG(memcpy_out_of_bounds, threads(1))
+
+// A struct that is passed by value is read by the call.
+struct Corners {
+  float x1, y1, x2, y2;
+};
+__device__ float area_of(Corners box) {
+  float sum = 0.0f;
+  for (int i = 0; i < int(box.x2 - box.x1); ++i) sum += box.y2 - box.y1;
+  return sum;
+}
+__global__ void value_out_of_bounds_kernel(float* data, int n) {
+  const Corners* const boxes = reinterpret_cast<const Corners*>(data);
+  data[0] = area_of(boxes[n / 4]) + area_of(boxes[n / 4 - 1]);
+}
+WRONG(value_out_of_bounds, threads(1))
 
 __global__ void null_pointer_kernel(float* data, int n) {
   const float* const nowhere = n == kCount ? nullptr : data;
@@ -543,6 +562,14 @@ __global__ void mbarrier_init_without_barrier_kernel(float* data, int) {
   data[threadIdx.x] = 1.0f;
 }
 WRONG(mbarrier_init_without_barrier, threads(64))
+
+__global__ void store_to_mbarrier_kernel(float*, int) {
+  SIMT_SHARED(MBarrier, barrier);
+  if (threadIdx.x != 0) return;
+  barrier.init(1);
+  barrier.word = 0;  // line: store_to_mbarrier store
+}
+WRONG(store_to_mbarrier, threads(64))
 
 __global__ void twice_initialised_mbarrier_kernel(float*, int) {
   SIMT_SHARED(MBarrier, barrier);
@@ -692,6 +719,12 @@ __global__ void wait_without_arrival_kernel(float*, int) {
 }
 WRONG(wait_without_arrival, clusters(2, 2))
 
+__global__ void second_cluster_wait_kernel(float*, int) {
+  cluster_sync();
+  cluster_wait();  // line: second_cluster_wait wait
+}
+WRONG(second_cluster_wait, clusters(2, 2))
+
 __global__ void grid_sync_kernel(float* data, int) {
   grid_sync();  // line: grid_sync sync
   data[threadIdx.x] = 1.0f;
@@ -723,11 +756,11 @@ __global__ void static_and_dynamic_shared_kernel(float* data, int) {
 }
 WRONG(static_and_dynamic_shared, dynamic_shared(227 * 1024))
 
-#define REFUSED(name, config)                 \
-  }                                           \
-  SELFTEST wrong_##name() {                   \
-    return run_wrong(nothing_kernel, config); \
-  }                                           \
+#define REFUSED(name, config)                    \
+  }                                              \
+  SELFTEST wrong_##name() {                      \
+    return run_on_zeros(nothing_kernel, config); \
+  }                                              \
   namespace {
 REFUSED(too_many_threads, threads(1025))
 REFUSED(too_many_threads_in_all, threads(32, 33))

@@ -10,6 +10,7 @@
 #if defined(SIMT_HOOKS)
 // The compiler's own calls of these, for copies of large or unknown size, are accesses of the kernel too.
 extern "C" void* memcpy(void*, const void*, size_t) noexcept __asm__("simt_memcpy");
+extern "C" void* memmove(void*, const void*, size_t) noexcept __asm__("simt_memmove");
 extern "C" void* memset(void*, int, size_t) noexcept __asm__("simt_memset");
 #endif
 
