@@ -1,10 +1,12 @@
 # make bench and make test do all set-up: a virtual environment, torch, the build. What is done is not done again.
 # TORCH=2.11.0 uses that version, in an environment of its own. PVK_VENV=none uses the python that is active.
+# make test PVK_SIMT=0 leaves out the emulator of CUDA kernels, which needs g++.
 
 PYTHON ?= python3
 TORCH ?= 2.14.1
 ONLY ?=
 SAVE ?=
+PVK_SIMT ?= 1
 
 # torch -> torchvision; nvcc is of the CUDA release that these were built with.
 VISION_2.11.0 := 0.26.0
@@ -23,11 +25,12 @@ READY := $(VENV)/.ready
 CLANG_FORMAT := $(VENV)/bin/clang-format
 endif
 
-.PHONY: help build bench bench-full test test-full lint format aot aot-full gpu gpu-status clean
+.PHONY: help build build-simt build-asan bench bench-full test test-full test-asan lint format aot aot-full gpu gpu-status clean
 
 help:
 	@echo "make bench       set up, build, verify, benchmark against torchvision, run a detector (10 minutes at most); SAVE=1 keeps the record"
-	@echo "make test        set up, build, run the tests"
+	@echo "make test        set up, build, run the tests, the CUDA kernels too: under an emulator on the CPU"
+	@echo "make test-asan   the emulator's part of the tests under AddressSanitizer and UBSan"
 	@echo "make lint        ruff, clang-format, mypy; make format rewrites"
 	@echo "make aot         compile every CUDA kernel for sm_80, sm_90, sm_100; registers, spills, opcodes"
 	@echo "make bench-full  every benchmark; make test-full and aot-full: the slow checks too"
@@ -45,8 +48,15 @@ $(VENV)/.ready: Makefile requirements.txt
 	@touch $@
 
 # ninja decides what is to be compiled again.
+BUILD = $(RUN) setup.py --quiet build_ext --inplace
 build: $(READY)
-	@$(RUN) setup.py --quiet build_ext --inplace
+	@PVK_SIMT=0 $(BUILD)
+
+build-simt: $(READY)
+	@PVK_SIMT=$(PVK_SIMT) $(BUILD)
+
+build-asan: $(READY)
+	@PVK_SIMT=asan $(BUILD)
 
 bench: build
 	@$(RUN) -m benchmarks $(if $(ONLY),--only $(ONLY)) $(if $(SAVE),--save)
@@ -54,22 +64,30 @@ bench: build
 bench-full: build
 	@$(RUN) -m benchmarks --full $(if $(ONLY),--only $(ONLY)) $(if $(SAVE),--save)
 
-test: build
-	@$(RUN) -m pytest $(if $(ONLY),-k $(ONLY))
+test: build-simt
+	@PVK_SIMT=$(PVK_SIMT) $(RUN) -m pytest $(if $(ONLY),-k $(ONLY))
 
-test-full: build
-	@PVK_TEST_FULL=1 $(RUN) -m pytest $(if $(ONLY),-k $(ONLY))
+test-full: build-simt
+	@PVK_SIMT=$(PVK_SIMT) PVK_TEST_FULL=1 $(RUN) -m pytest $(if $(ONLY),-k $(ONLY))
 
+# Python is not built with the sanitizers, so they come first by LD_PRELOAD; libstdc++ too, for they look for its throw.
+SANITIZED = PVK_SIMT=asan PVK_SIMT_SEEDS=$(or $(PVK_SIMT_SEEDS),1) \
+  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1
+test-asan: build-asan
+	@$(SANITIZED) $(RUN) -m pytest -m simt $(if $(ONLY),-k $(ONLY))
+
+CPP_FILES = git ls-files --cached --others --exclude-standard '*.h' '*.cpp' '*.cu' '*.cuh'
 lint: $(READY)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
-	@$(CLANG_FORMAT) --dry-run --Werror $$(git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	@$(CLANG_FORMAT) --dry-run --Werror $$($(CPP_FILES))
 	@$(RUN) -m mypy
 
 format: $(READY)
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
-	@$(CLANG_FORMAT) -i $$(git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	@$(CLANG_FORMAT) -i $$($(CPP_FILES))
 
 aot: $(READY)
 	@$(RUN) tests/aot.py

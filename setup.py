@@ -1,7 +1,8 @@
 """Build of the compiled parts: a CPU library, a CUDA library where it can be had, and the module `_C`.
 
 PVK_BUILD=cpu|cuda forces one (cuda fails where it cannot be built); TORCH_CUDA_ARCH_LIST names the architectures
-("8.0;9.0+PTX"); MAX_JOBS caps the compiler processes.
+("8.0;9.0+PTX"); MAX_JOBS caps the compiler processes. PVK_SIMT=1 adds the CUDA kernels under the host emulator, and
+the emulator's own tests; PVK_SIMT=asan the same under AddressSanitizer and UBSan.
 """
 
 from __future__ import annotations
@@ -28,6 +29,20 @@ ARCHS_OF_A_WHEEL = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 # fp contraction is off so that a multiply-add is fused only where a kernel says fma().
 CPU_FLAGS = "-O3 -ffp-contract=off -fno-math-errno -fno-trapping-math"
 NVCC_FLAGS = "-std=c++20 -O3 --expt-relaxed-constexpr"
+# Of the CUDA kernels under the emulator: rounded as they are written; a frame larger than the stack meets its end.
+KERNEL_FLAGS = "-ffp-contract=off -fno-math-errno -fstack-clash-protection -Wno-unknown-pragmas"
+# The functions that g++ calls at every load and store are csrc/simt/hooks.cpp: no sanitizer is linked. It does not call
+# them for copies that it expands itself, nor for structs passed by value: hence library calls, and inlining.
+HOOK_FLAGS = (
+    "-fsanitize=thread,alignment,bounds -finline-functions -finline-small-functions "
+    "-fno-builtin-memcpy -fno-builtin-memmove -fno-builtin-memset "
+    "--param tsan-distinguish-volatile=1 --param tsan-instrument-func-entry-exit=0 -Wno-tsan"
+)
+# An offset to the null pointer of an empty tensor is harmless as long as nothing is read there.
+ASAN_FLAGS = (
+    "-fsanitize=address,undefined -fno-sanitize=pointer-overflow -fno-sanitize-recover=undefined "
+    "-fno-omit-frame-pointer"
+)
 ISA_FLAGS = {
     "baseline": "-DPVK_ISA_BASELINE",
     "avx2": "-mavx2 -mfma -mf16c",
@@ -156,6 +171,59 @@ def job_count() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), memory // (2 << 30)))
 
 
+def find_compiler() -> tuple[str, str]:
+    """The command, and the first line of its version."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler.split()[0]) is None:
+        raise BuildError(f"no C++ compiler: '{compiler}' is not on PATH (install g++, or set CXX)")
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        raise BuildError("no Python.h: install the headers of this Python (python3-dev on Debian)")
+    version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout
+    return compiler, version.split("\n")[0]
+
+
+def choose_simt() -> str:
+    """The name of the emulator's library, or nothing."""
+    wanted = os.environ.get("PVK_SIMT", "")
+    names = {"": "", "0": "", "1": "simt", "asan": "simt_asan"}
+    if wanted not in names:
+        raise BuildError(f"expected PVK_SIMT to be 0, 1 or asan, but got '{wanted}'")
+    return names[wanted]
+
+
+def sources(pattern: str) -> list[Path]:
+    return sorted(ROOT.glob(pattern))
+
+
+def bindings() -> list[Path]:
+    return [path for path in sources("csrc/ops/*/*.cpp") if path.stem == path.parent.name]
+
+
+def build_folder(torch_version: str) -> Path:
+    return ROOT / "build" / f"torch-{torch_version}-{sysconfig.get_config_var('SOABI')}"
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def install(folder: Path, package: Path, names: list[str]) -> None:
+    """Puts what was built into the package."""
+    (package / "lib").mkdir(parents=True, exist_ok=True)
+    # What an earlier build left there would be loaded, though it is of other sources, or of another torch.
+    for path in (package / "lib").glob("libpvk_*.so"):
+        if f"lib/{path.name}" not in names:
+            path.unlink()
+    for name in names:
+        source, target = folder / Path(name).name, package / name
+        if not target.exists() or source.stat().st_mtime_ns != target.stat().st_mtime_ns:
+            # A new file, so that a process that has the old one mapped keeps it.
+            fresh = target.with_name(f"{target.name}.new")
+            shutil.copy2(source, fresh)
+            fresh.replace(target)
+
+
 class NinjaFile:
     def __init__(self):
         self.lines: list[str] = ["ninja_required_version = 1.5"]
@@ -165,22 +233,26 @@ class NinjaFile:
         if deps:
             self.lines += ["  depfile = $out.d", "  deps = gcc"]
 
-    def build(self, output: str, rule: str, inputs: list[str], **variables: str) -> str:
-        self.lines.append(f"build {output}: {rule} {' '.join(inputs)}")
-        self.lines += [f"  {key} = {value}" for key, value in variables.items()]
+    def build(self, output: str, rule: str, inputs: list[str], flags: str = "") -> str:
+        self.lines += [f"build {output}: {rule} {' '.join(inputs)}", f"  flags = {flags}"]
         return output
 
+    def compile(self, source: Path, folder: str, flags: str = "", rule: str = "cxx") -> str:
+        """The object of a source; each set of flags has a folder."""
+        base = ROOT / "csrc"
+        relative = source.relative_to(base if source.is_relative_to(base) else ROOT)
+        return self.build(f"{folder}/{'_'.join(relative.with_suffix('').parts)}.o", rule, [str(source)], flags)
+
     def write(self, path: Path) -> None:
-        text = "\n".join(self.lines) + "\n"
-        if not path.exists() or path.read_text() != text:
-            path.write_text(text)
+        write_if_changed(path, "\n".join(self.lines) + "\n")
 
 
 class BuildNinja(build_ext):
     """Writes one build.ninja for everything, runs it, and puts the results into the package."""
 
     def outputs(self) -> list[str]:
-        return ["lib/libpvk_cpu.so", *(["lib/libpvk_cuda.so"] if self.cuda else []), self.module]
+        libraries = ["cpu", "cuda" if self.cuda else "", self.simt]
+        return [*(f"lib/libpvk_{name}.so" for name in libraries if name), self.module]
 
     def get_outputs(self) -> list[str]:
         return [str(Path(self.build_lib) / "pyvision_kernels" / name) for name in getattr(self, "built", [])]
@@ -199,93 +271,93 @@ class BuildNinja(build_ext):
             ) from None
         self.module = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
         for_wheel = "bdist_wheel" in sys.argv or not (self.inplace or getattr(self, "editable_mode", False))
-        self.cuda, reason = choose_cuda(torch, for_wheel)
-        what = "CPU and CUDA" if self.cuda else "CPU only"
-        print(f"pyvision_kernels: building {what} for torch {torch.__version__}: {reason}", flush=True)
-        folder = ROOT / "build" / f"torch-{torch.__version__}-{sysconfig.get_config_var('SOABI')}"
+        self.cuda, self.cuda_reason = choose_cuda(torch, for_wheel)
+        self.simt = choose_simt()
+        what = ("CPU and CUDA" if self.cuda else "CPU only") + (f", and {self.simt}" if self.simt else "")
+        print(f"pyvision_kernels: building {what} for torch {torch.__version__}: {self.cuda_reason}", flush=True)
+        folder = build_folder(torch.__version__)
         folder.mkdir(parents=True, exist_ok=True)
-        self.write_ninja(folder, Path(torch.__file__).parent, torch, pybind11.get_include(), reason)
+        self.write_ninja(folder, torch, pybind11.get_include())
+        for path in folder.glob("libpvk_*_selftest.so"):
+            if path.name != f"libpvk_{self.simt}_selftest.so":
+                path.unlink()  # tests look for it here, and install() says why a stale one goes
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder), "-j", str(job_count())]
         if subprocess.run(command).returncode != 0:
             raise BuildError("the compiler failed; its message is above")
-
         in_place = self.inplace or getattr(self, "editable_mode", False)
-        package = (ROOT if in_place else Path(self.build_lib).resolve()) / "pyvision_kernels"
-        (package / "lib").mkdir(parents=True, exist_ok=True)
-        if not self.cuda:
-            (package / "lib" / "libpvk_cuda.so").unlink(missing_ok=True)
         self.built = self.outputs()
-        for name in self.built:
-            source, target = folder / Path(name).name, package / name
-            if not target.exists() or source.stat().st_mtime_ns != target.stat().st_mtime_ns:
-                # A new file, so that a process that has the old one mapped keeps it.
-                fresh = target.with_name(f"{target.name}.new")
-                shutil.copy2(source, fresh)
-                fresh.replace(target)
+        install(folder, (ROOT if in_place else Path(self.build_lib).resolve()) / "pyvision_kernels", self.built)
 
-    def write_ninja(self, folder: Path, torch_dir: Path, torch, pybind11_include: str, reason: str) -> None:
+    def write_ninja(self, folder: Path, torch, pybind11_include: str) -> None:
+        compiler, version = find_compiler()
+        if self.simt and "clang" in version:
+            raise BuildError(f"expected g++ to build the emulator, but got {version}; PVK_SIMT=0 leaves it out")
+        torch_dir = Path(torch.__file__).parent
+        self.torch_flags = f"-O2 -isystem {torch_dir / 'include'} -DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
+        self.torch_libraries = f"-L{torch_dir / 'lib'} -ltorch_cpu -lc10"
         file = NinjaFile()
-        compiler = os.environ.get("CXX", "g++")
-        if shutil.which(compiler.split()[0]) is None:
-            raise BuildError(f"no C++ compiler: '{compiler}' is not on PATH (install g++, or set CXX)")
-        if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
-            raise BuildError("no Python.h: install the headers of this Python (python3-dev on Debian)")
-        version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout
+        warnings = "-Wall -Wextra -Wno-maybe-uninitialized"
+        base = f"-std=c++20 -fPIC -fvisibility=hidden {warnings} -I{ROOT / 'csrc'} -MD -MF $out.d"
+        file.rule("cxx", f"{compiler} {base} {os.environ.get('CXXFLAGS', '')} $flags -c $in -o $out")
+        file.rule("link", f"{compiler} -shared {os.environ.get('LDFLAGS', '')} $in -o $out $flags", deps=False)
+        self.cpu_library(file)
+        if self.cuda:
+            self.cuda_library(file, self.cuda, compiler)
+        if self.simt:
+            self.simt_libraries(file)
         info = {
             "torch": torch.__version__,
-            "compiler": version.split("\n")[0],
+            "compiler": version,
             "cuda": bool(self.cuda),
-            "cuda_reason": reason,
+            "cuda_reason": self.cuda_reason,
             "cuda_archs": self.cuda.archs if self.cuda else [],
             "cpu_isas": list(self.isas()),
         }
-        warnings = "-Wall -Wextra -Wno-maybe-uninitialized"
-        base = f"-std=c++20 -fPIC -fvisibility=hidden {warnings} -I{ROOT / 'csrc'} -MD -MF $out.d"
-        torch_flags = f"-isystem {torch_dir / 'include'} -DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
-        file.rule("cxx", f"{compiler} {base} {os.environ.get('CXXFLAGS', '')} $flags -c $in -o $out")
-        file.rule("link", f"{compiler} -shared {os.environ.get('LDFLAGS', '')} $in -o $out $flags", deps=False)
-
-        def compile_cpp(source: Path, tag: str, flags: str) -> str:
-            name = "_".join(source.relative_to(ROOT / "csrc").with_suffix("").parts)
-            return file.build(f"{tag}/{name}.o", "cxx", [str(source)], flags=flags)
-
-        core = sorted((ROOT / "csrc" / "core").glob("*.cpp"))
-        bindings = sorted((ROOT / "csrc" / "ops").glob("*/*.cpp"))
-        kernels = [path for path in bindings if path.name == "cpu.cpp"]
-        bindings = [path for path in bindings if path.name == f"{path.parent.name}.cpp"]
-        libraries = f"-L{torch_dir / 'lib'} -ltorch_cpu -lc10"
-
-        objects = [compile_cpp(path, "cpu", f"-O2 {torch_flags}") for path in core]
-        flags = f"-O2 {torch_flags} -DPVK_NAMESPACE=pvk -DPVK_DISPATCH_KEY=CPU"
-        objects += [compile_cpp(path, "cpu", flags) for path in bindings]
-        for isa, flags in self.isas().items():
-            objects += [compile_cpp(path, isa, f"{CPU_FLAGS} -DPVK_ISA={isa} {flags}") for path in kernels]
-        file.build("libpvk_cpu.so", "link", objects, flags=libraries)
-
-        if self.cuda:
-            file.rule(
-                "nvcc",
-                f"{self.cuda.nvcc} {NVCC_FLAGS} -I{ROOT / 'csrc'} -Xcompiler -fPIC,-fvisibility=hidden "
-                f"-ccbin {compiler.split()[-1]} {gencode_flags(self.cuda.archs)} "
-                "-MD -MF $out.d -c $in -o $out",
-            )
-            flags = f"-O2 {torch_flags} -DUSE_CUDA -DPVK_CUDA -DPVK_NAMESPACE=pvk -DPVK_DISPATCH_KEY=CUDA"
-            objects = [compile_cpp(path, "cuda", flags) for path in bindings]
-            for path in sorted((ROOT / "csrc" / "ops").glob("*/cuda.cu")):
-                objects.append(file.build(f"cuda/{path.parent.name}_kernel.o", "nvcc", [str(path)]))
-            file.build(
-                "libpvk_cuda.so", "link", objects, flags=f"{libraries} -ltorch_cuda -lc10_cuda {self.cuda.runtime}"
-            )
-
         definition = json.dumps(json.dumps(info)).replace("$", "$$")
-        header = folder / "build_info.h"
-        text = f"#define PVK_BUILD_INFO {definition}\n"
-        if not header.exists() or header.read_text() != text:
-            header.write_text(text)
+        write_if_changed(folder / "build_info.h", f"#define PVK_BUILD_INFO {definition}\n")
         include = f"-O2 -I{folder} -isystem {pybind11_include} -isystem {sysconfig.get_paths()['include']}"
-        module = compile_cpp(ROOT / "csrc" / "module.cpp", "python", include)
-        file.build(self.module, "link", [module], flags="")
+        module = file.compile(ROOT / "csrc" / "module.cpp", "python", include)
+        file.build(self.module, "link", [module])
         file.write(folder / "build.ninja")
+
+    def cpu_library(self, file: NinjaFile) -> None:
+        objects = [file.compile(path, "cpu", self.torch_flags) for path in sources("csrc/core/*.cpp")]
+        flags = f"{self.torch_flags} -DPVK_NAMESPACE=pvk -DPVK_DISPATCH_KEY=CPU"
+        objects += [file.compile(path, "cpu", flags) for path in bindings()]
+        for isa, flags in self.isas().items():
+            flags = f"{CPU_FLAGS} -DPVK_ISA={isa} {flags}"
+            objects += [file.compile(path, isa, flags) for path in sources("csrc/ops/*/cpu.cpp")]
+        file.build("libpvk_cpu.so", "link", objects, self.torch_libraries)
+
+    def cuda_library(self, file: NinjaFile, cuda: Cuda, compiler: str) -> None:
+        file.rule(
+            "nvcc",
+            f"{cuda.nvcc} {NVCC_FLAGS} -I{ROOT / 'csrc'} -Xcompiler -fPIC,-fvisibility=hidden "
+            f"-ccbin {compiler.split()[-1]} {gencode_flags(cuda.archs)} -MD -MF $out.d -c $in -o $out",
+        )
+        flags = f"{self.torch_flags} -DUSE_CUDA -DPVK_CUDA -DPVK_NAMESPACE=pvk -DPVK_DISPATCH_KEY=CUDA"
+        objects = [file.compile(path, "cuda", flags) for path in bindings()]
+        objects += [file.compile(path, "cuda", rule="nvcc") for path in sources("csrc/ops/*/cuda.cu")]
+        libraries = f"{self.torch_libraries} -ltorch_cuda -lc10_cuda {cuda.runtime}"
+        file.build("libpvk_cuda.so", "link", objects, libraries)
+
+    def simt_libraries(self, file: NinjaFile) -> None:
+        """The bindings with the CUDA kernels under the emulator, and the emulator's tests, which need no torch."""
+        asan = self.simt == "simt_asan"
+        common = f"-g -DPVK_SIMT {ASAN_FLAGS if asan else '-DSIMT_HOOKS'}"
+        host = f"-O2 {common} -I{ROOT / 'csrc' / 'simt' / 'include'}"
+        kernel = f"-x c++ {host} -O1 {KERNEL_FLAGS} {'' if asan else HOOK_FLAGS}"
+        binding = f"{self.torch_flags} {common} -DPVK_NAMESPACE=pvk_simt -DPVK_DISPATCH_KEY=CPU"
+        link = ASAN_FLAGS if asan else ""
+
+        # First in both: of an inline function that the kernels' files have too, the linker keeps the one without hooks.
+        runtime = [file.compile(path, self.simt, host) for path in sources("csrc/simt/*.cpp")]
+        objects = [file.compile(path, self.simt, binding) for path in bindings()]
+        objects += [file.compile(path, self.simt, kernel) for path in sources("csrc/ops/*/cuda.cu")]
+        file.build(f"libpvk_{self.simt}.so", "link", runtime + objects, f"{link} {self.torch_libraries}")
+        objects = [file.compile(path, self.simt, kernel) for path in sources("tests/simt/*.cu")]
+        objects += [file.compile(path, self.simt, host) for path in sources("tests/simt/*.cpp")]
+        file.build(f"libpvk_{self.simt}_selftest.so", "link", runtime + objects, link)
 
     @staticmethod
     def isas() -> dict[str, str]:

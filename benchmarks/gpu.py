@@ -1,8 +1,9 @@
 """`python -m benchmarks.gpu`: everything that only a GPU can show, in stages, within eight minutes.
 
-build -> suite of each op -> compute-sanitizer of each op -> benchmarks. Ops whose sources changed since they were last
-verified come first. Each stage is a process with a time box and a log in benchmarks/results/<gpu>/; what passed on the
-same inputs before is skipped, so that a run that was cut off goes on where it ended. ONLY=<op> runs one op alone.
+build -> suite of each op -> the emulator's own tests -> compute-sanitizer of each op -> benchmarks. Ops whose sources
+changed since they were last verified come first. Each stage is a process with a time box and a log in
+benchmarks/results/<gpu>/; what passed on the same inputs before is skipped, so that a run that was cut off goes on
+where it ended. ONLY=<op> runs one op alone.
 Needs Python with torch, nvcc, and what the build and the benchmarks import; neither network nor a virtual environment.
 """
 
@@ -69,6 +70,10 @@ def stages(ops: list[str], only: str) -> list[Stage]:
     for op in ops:
         tests = [PYTHON, "-m", "pytest", "tests", "-m", "cuda", "-k", op, "-q", "-p", "no:cacheprovider"]
         result.append(Stage(f"suite-{op}", tests, package, 150, op, "suite"))
+    if not only:
+        # The kernels and intrinsics that hold the emulator to what hardware does.
+        tests = [PYTHON, "-m", "pytest", "tests/simt", "-m", "cuda", "-q", "-p", "no:cacheprovider"]
+        result.append(Stage("emulator", tests, hash_below("csrc", "tests/simt"), 90))
     sanitizer = find_sanitizer()
     for op in ops:
         for tool in ("memcheck", "racecheck"):

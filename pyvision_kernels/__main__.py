@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import platform
 import sys
@@ -14,6 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import pyvision_kernels as pvk
+from pyvision_kernels import _simt
 from pyvision_kernels._case import OpCases, all_cases
 from pyvision_kernels._extension import LIBRARIES, cpu_capabilities, cpu_capability, cuda_status
 from pyvision_kernels._verify import Result, run_case
@@ -32,6 +34,7 @@ def info(console: Console) -> None:
         "threads": str(torch.get_num_threads()),
         "CUDA kernels": cuda_status(),
         "CUDA build": f"{', '.join(built['cuda_archs']) or 'none'}: {built['cuda_reason']}" if built else "none",
+        "CUDA emulator": _simt.status(),
     }
     if torch.cuda.is_available():
         rows["GPU"] = torch.cuda.get_device_name()
@@ -46,21 +49,29 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def verify(console: Console, names: list[str], device: str, small: bool = False) -> bool:
-    """Runs the shipped cases on a device, prints the worst error of each op, dtype and direction; true if all hold."""
+def verify(console: Console, names: list[str], device: str, small: bool = False, seed: int = 0) -> bool:
+    """Runs the shipped cases, prints the worst error of each op, dtype and direction; true if all hold.
+
+    The device "simt" is the emulator on the CPU, with a seed of its schedule.
+    """
     specs = {spec.name: spec for spec in all_cases()}
     unknown = sorted(set(names) - set(specs))
     if unknown:
         raise SystemExit(f"verify: expected ops among {', '.join(specs)}, but got {', '.join(unknown)}")
     chosen = [spec for name, spec in specs.items() if not names or name in names]
-    with Progress(console=console, transient=True) as progress:
+    emulator: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if device == "simt":
+        if _simt.load().handle is None:
+            raise SystemExit(f"verify: expected an emulator for simt, but there is none: {_simt.load().reason}")
+        emulator = _simt.emulated(seed, global_races=True)
+    with Progress(console=console, transient=True) as progress, emulator:
         task = progress.add_task(f"verify on {device}", total=sum(len(_cases(spec, small)) for spec in chosen))
         results: list[Result] = []
         for spec in chosen:
             for case in _cases(spec, small):
                 for dtype in case.dtypes:
                     for layout in spec.layouts:
-                        results += run_case(spec, case, dtype, device, layout)
+                        results += run_case(spec, case, dtype, "cpu" if device == "simt" else device, layout)
                 progress.advance(task)
     _print_results(console, results, device)
     for package in sorted({spec.peer_package for spec in chosen if not spec.peer_is_installed()}):
@@ -108,14 +119,16 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("info", help="versions, what was built, what this machine can run")
     checks = commands.add_parser("verify", help="run the shipped cases against float64 and torchvision")
     checks.add_argument("op", nargs="*", help="all ops where none is named")
-    checks.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    checks.add_argument("--device", default=device, help="cpu, cuda, or simt: the CUDA kernels emulated on the CPU")
+    checks.add_argument("--seed", type=int, default=0, help="of simt's schedule; 0 runs threads in order")
     checks.add_argument("--small", action="store_true", help="a few cases of each op, for slow checkers")
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 140)
     if options.command == "info":
         info(console)
         return 0
-    return 0 if verify(console, options.op, options.device, options.small) else 1
+    return 0 if verify(console, options.op, options.device, options.small, options.seed) else 1
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-_FOLDER = Path(__file__).parent / "lib"
+FOLDER = Path(__file__).parent / "lib"
 _REBUILD = "pip install -e . --no-build-isolation"
 CPU_CAPABILITIES = ("baseline", "avx2", "avx512")
 
@@ -45,7 +45,7 @@ def build_info() -> dict[str, Any]:
     return json.loads(module.build_info())
 
 
-def _load(name: str, path: Path, absent: str, mend: str) -> Library:
+def load_library(name: str, path: Path, absent: str, mend: str) -> Library:
     if not path.is_file():
         return Library(name, None, absent, mend)
     try:
@@ -56,7 +56,7 @@ def _load(name: str, path: Path, absent: str, mend: str) -> Library:
 
 def _load_cpu() -> Library:
     mend = f"build the extension again ({_REBUILD})"
-    library = _load("CPU", _FOLDER / "libpvk_cpu.so", "the extension is not built", mend)
+    library = load_library("CPU", FOLDER / "libpvk_cpu.so", "the extension is not built", mend)
     wanted = os.environ.get("PVK_CPU_CAPABILITY")
     if library.handle is None:
         return library
@@ -73,7 +73,7 @@ def _load_cuda() -> Library:
     built = build_info()
     absent = f"CUDA was not built: {built['cuda_reason']}" if built else "the extension is not built"
     mend = f"build it where torch has CUDA and nvcc is installed (PVK_BUILD=cuda {_REBUILD})"
-    return _load("CUDA", _FOLDER / "libpvk_cuda.so", absent, mend)
+    return load_library("CUDA", FOLDER / "libpvk_cuda.so", absent, mend)
 
 
 def _up_to(best: str) -> list[str]:

@@ -8,6 +8,7 @@ nothing is tracing, the call is dispatched below autograd.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -20,12 +21,29 @@ _library = torch.library.Library("pvk", "DEF")
 REGISTRY: dict[str, Op] = {}
 
 
+@dataclass(frozen=True)
+class Contract:
+    """All that Python decides about an op; `declare` says what each part is."""
+
+    schema: str
+    fake: Callable[..., Any]
+    setup_context: Callable[..., None] | None
+    backward: Callable[..., Any] | None
+    autocast: Callable[..., tuple[Any, ...]] | None
+    vmap: Callable[..., Any] | None
+
+    @property
+    def name(self) -> str:
+        return self.schema.split("(", 1)[0]
+
+
 class Op:
     """The operator `torch.ops.pvk.<name>`, called with its schema's positional arguments."""
 
-    def __init__(self, name: str):
-        self.name = name
-        self.overload = getattr(torch.ops.pvk, name).default
+    def __init__(self, contract: Contract, overload: torch._ops.OpOverload):
+        self.name = contract.name
+        self.contract = contract
+        self.overload = overload
         self.function: type[torch.autograd.Function] | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -75,23 +93,31 @@ def declare(
         setup_context, backward, vmap: As on a `torch.autograd.Function`; an op without them has no gradient, no vmap.
         autocast: Maps the arguments to those that the op gets under autocast, on CPU and CUDA.
     """
-    name = schema.split("(", 1)[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    op = Op(name)
-    torch.library.register_fake(f"pvk::{name}", fake, lib=_library)
+    contract = Contract(schema, fake, setup_context, backward, autocast, vmap)
+    op = Op(contract, define(contract, _library))
     for key, library in LIBRARIES.items():
         if library.handle is None:
-            _library.impl(name, _raiser(name, key), key)
+            _library.impl(op.name, _raiser(op.name, key), key)
     if backward is not None and setup_context is not None:
-        torch.library.register_autograd(f"pvk::{name}", backward, setup_context=setup_context, lib=_library)
         op.function = _function(op, setup_context, backward, vmap)
-    if vmap is not None:
-        torch.library.register_vmap(f"pvk::{name}", vmap, lib=_library)
-    if autocast is not None:
-        for key in ("AutocastCPU", "AutocastCUDA"):
-            _library.impl(name, _autocaster(op, autocast, key), key)
-    REGISTRY[name] = op
+    REGISTRY[op.name] = op
     return op
+
+
+def define(contract: Contract, library: torch.library.Library) -> torch._ops.OpOverload:
+    """Declares an op in the namespace of a library: all but its kernels."""
+    name = f"{library.ns}::{contract.name}"
+    library.define(contract.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    overload = getattr(getattr(torch.ops, library.ns), contract.name).default
+    torch.library.register_fake(name, contract.fake, lib=library)
+    if contract.backward is not None and contract.setup_context is not None:
+        torch.library.register_autograd(name, contract.backward, setup_context=contract.setup_context, lib=library)
+    if contract.vmap is not None:
+        torch.library.register_vmap(name, contract.vmap, lib=library)
+    if contract.autocast is not None:
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            library.impl(contract.name, _autocaster(overload, contract.autocast, key), key)
+    return overload
 
 
 def _function(
@@ -119,11 +145,13 @@ def _raiser(name: str, key: str) -> Callable[..., NoReturn]:
     return unavailable
 
 
-def _autocaster(op: Op, autocast: Callable[..., tuple[Any, ...]], key: str) -> Callable[..., Any]:
+def _autocaster(
+    overload: torch._ops.OpOverload, autocast: Callable[..., tuple[Any, ...]], key: str
+) -> Callable[..., Any]:
     off = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def cast_and_call(*args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(off):
-            return op.overload(*autocast(*args))
+            return overload(*autocast(*args))
 
     return cast_and_call

@@ -2,7 +2,8 @@
 
 Compiles every csrc/ops/*/cuda.cu for each architecture with the flags of setup.py, and fails where a kernel spills or
 needs a stack frame without a reason in aot_allowed.json, where such a reason no longer applies, and where a kernel
-lacks the instruction that it was written for.
+lacks the instruction that it was written for. The same for the kernels of tests/simt/right.cu, as "core": they use all
+PTX of csrc/core.
 """
 
 from __future__ import annotations
@@ -33,8 +34,21 @@ ARCHS = ["80", "90", "100"]
 ARCHS_FULL = ["80", "86", "89", "90", "100", "120"]
 FLAGS = [*NVCC_FLAGS.split(), f"-I{ROOT / 'csrc'}", "-Xptxas", "-v"]
 
+SOURCES = {path.parent.name: path for path in sorted((ROOT / "csrc" / "ops").glob("*/cuda.cu"))}
+SOURCES["core"] = ROOT / "tests" / "simt" / "right.cu"
+
 # op -> (kernel, as a prefix; instruction; why it must be there)
 OPCODES = {
+    "core": [
+        ("matmul_kernel<__half", r"HMMA\.16816", "mma_m16n8k16"),
+        ("matmul_kernel<__nv_bfloat16", r"HMMA\.16816\.F32\.BF16", "mma_m16n8k16"),
+        ("matmul_kernel<float", r"HMMA\.1688\.F32\.TF32", "mma of tf32"),
+        ("matmul_kernel<__half", r"LDSM\.16\.M88\.4", "ldmatrix"),
+        ("matmul_kernel<__half", r"LDSM\.16\.MT88", "ldmatrix, transposed"),
+        ("matmul_kernel<__half", r"LDGSTS\.E\.BYPASS\.128", "cp_async of 16 bytes, past L1"),
+        ("matmul_kernel<float, 4>", r"LDGSTS\.E", "cp_async of 4 bytes"),
+        ("named_barrier_kernel", r"BAR\.ARV", "arrival at a named barrier"),
+    ],
     "roi_align": [
         ("roi_align_forward_channels_kernel<float, 4", r"LDG\.E\.128", "16-byte loads of the map"),
         ("roi_align_forward_channels_kernel<float, 4", r"STG\.E\.128", "16-byte stores of the output"),
@@ -165,7 +179,7 @@ def check_opcodes(kernels: list[Kernel], sass: dict[str, str]) -> list[str]:
 
 
 def compile_one(nvcc: Path, disassembler: Path | None, op: str, arch: str) -> tuple[list[Kernel], list[str]]:
-    source = ROOT / "csrc" / "ops" / op / "cuda.cu"
+    source = SOURCES[op]
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "out.cubin"
         command = [str(nvcc), *FLAGS, f"-arch=sm_{arch}", "-cubin", str(source), "-o", str(cubin)]
@@ -228,22 +242,21 @@ def main() -> int:
         return 1
     disassembler = find_disassembler(nvcc)
     allowed = json.loads(ALLOWED.read_text())
-    ops = sorted(path.parent.name for path in (ROOT / "csrc" / "ops").glob("*/cuda.cu"))
     start = time.monotonic()
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
-        tasks = [pool.submit(compile_one, nvcc, disassembler, op, arch) for arch in archs for op in ops]
+        tasks = [pool.submit(compile_one, nvcc, disassembler, op, arch) for arch in archs for op in SOURCES]
         results = [task.result() for task in tasks]
     kernels = [kernel for found, _ in results for kernel in found]
     problems = [problem for _, found in results for problem in found] + check_spills(kernels, allowed)
 
     if kernels:
-        print_table(kernels, allowed)
+        print_table([kernel for kernel in kernels if kernel.op != "core"], allowed)
     if disassembler is None:
         print("aot: opcodes NOT checked: no nvdisasm beside nvcc, on PATH or in triton (pip install triton)")
     for problem in problems:
         print(f"aot: {problem}", file=sys.stderr)
     print(
-        f"aot: {len(kernels)} kernels of {', '.join(ops)} for {', '.join(f'sm_{arch}' for arch in archs)} in "
+        f"aot: {len(kernels)} kernels of {', '.join(SOURCES)} for {', '.join(f'sm_{arch}' for arch in archs)} in "
         f"{time.monotonic() - start:.0f} s: {f'{len(problems)} problems' if problems else 'no spills'}"
     )
     return 1 if problems else 0

@@ -1,4 +1,7 @@
-"""Backends that the tests run on, and outputs poisoned with NaN before a kernel writes them."""
+"""Backends that the tests run on, and outputs poisoned with NaN before a kernel writes them.
+
+PVK_SIMT_SEEDS="7" or "0,5,9" names the schedules under which the emulator runs the CUDA kernels.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,27 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from pyvision_kernels import _simt
 from pyvision_kernels._extension import cpu_capabilities, force_cpu_capability
 
-# Every instruction set that this CPU can run, and the GPU where there is one.
-BACKENDS = [
-    *(f"cpu-{name}" for name in cpu_capabilities()),
-    pytest.param(
-        "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
-    ),
-]
+# Of the emulator's schedule: threads in order, the latest first, at random.
+SEEDS = os.environ.get("PVK_SIMT_SEEDS", "0,3,1").split(",")
+
+
+@pytest.hookimpl(trylast=True)  # so that backends vary first, and share the expected outputs
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`device`: each instruction set of this CPU, the CUDA kernels emulated, and the GPU where there is one."""
+    if "device" not in metafunc.fixturenames:
+        return
+    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+    marker = metafunc.definition.get_closest_marker
+    emulated = [pytest.mark.simt, *([pytest.mark.slow] if marker("slow_emulated") else [])]
+    backends = [
+        *(f"cpu-{name}" for name in cpu_capabilities()),
+        *(pytest.param(f"simt-{seed}", marks=emulated) for seed in (SEEDS if marker("every_schedule") else SEEDS[-1:])),
+        pytest.param("cuda", marks=[pytest.mark.cuda, no_gpu]),
+    ]
+    metafunc.parametrize("device", backends, indirect=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,9 +52,25 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(scope="session")
+def emulator() -> None:
+    """Skips what needs the emulator where it is not built; fails it where PVK_SIMT, set by make, asks for it."""
+    library = _simt.load()
+    if library.handle is None:
+        give_up = pytest.skip if os.environ.get("PVK_SIMT", "0") == "0" else pytest.fail
+        give_up(f"emulator: {library.reason} ({library.mend})")
+
+
+@pytest.fixture
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The device of a backend, with its instruction set in force."""
-    kind, _, capability = request.param.partition("-")
-    with force_cpu_capability(capability) if capability else contextlib.nullcontext():
-        yield kind
+    """The device of a backend, with its instruction set, or the emulator, in force."""
+    kind, _, option = request.param.partition("-")
+    if kind == "simt":
+        request.getfixturevalue("emulator")
+        # Races on global memory are looked for where inputs are small.
+        small = request.node.get_closest_marker("every_schedule") is not None
+        with _simt.emulated(int(option), global_races=small):
+            yield "cpu"
+    else:
+        with force_cpu_capability(option) if option else contextlib.nullcontext():
+            yield kind

@@ -228,6 +228,13 @@ def test_gpu_stages_are_resumed_and_time_boxed(made_up):
     assert not (state.folder / "fine.log").exists()
 
 
+def test_gpu_runs_the_emulators_kernels_unless_one_op_is_asked_for():
+    everything, one = (gpu.stages(["nms"], only) for only in ("", "nms"))
+    (stage,) = [stage for stage in everything if stage not in one and stage.op == "" and "tests/simt" in stage.command]
+    assert stage.name == "emulator"
+    assert [stage.name for stage in one] == ["build", "suite-nms", "memcheck-nms", "racecheck-nms", "benchmarks-nms"]
+
+
 def test_gpu_needs_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert gpu.main() == 1

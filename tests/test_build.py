@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from setup import install
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,7 +31,7 @@ def _build(tree: Path, *arguments: str, **environment: str) -> subprocess.Comple
     return subprocess.run(
         [sys.executable, "setup.py", *(arguments or ("build_ext", "--inplace"))],
         cwd=tree,
-        env={**os.environ, "MAX_JOBS": "2", **environment},
+        env={**os.environ, "MAX_JOBS": "2", "PVK_SIMT": "0", **environment},
         capture_output=True,
         text=True,
         timeout=600,
@@ -71,6 +74,53 @@ def test_unknown_kind_of_build_is_refused(tree):
     assert "expected PVK_BUILD to be cpu, cuda or auto, but got 'rocm'" in run.stderr
 
 
+def test_unknown_emulator_is_refused(tree):
+    run = _build(tree, PVK_BUILD="cpu", PVK_SIMT="yes")
+    assert run.returncode != 0
+    assert "expected PVK_SIMT to be 0, 1 or asan, but got 'yes'" in run.stderr
+
+
+def _fake_compiler(tree: Path, version: str) -> dict[str, str]:
+    """The environment of a compiler that knows its version and no more."""
+    compiler = tree / "c++"
+    compiler.write_text(f"#!/bin/sh\n[ $1 = --version ] && echo '{version}'\n")
+    compiler.chmod(0o755)
+    return {"CXX": str(compiler), "PVK_BUILD": "cpu", "PYTHONPATH": _fake_torch(tree, None)}
+
+
+def test_emulator_needs_the_hooks_of_gcc(tree):
+    run = _build(tree, PVK_SIMT="1", **_fake_compiler(tree, "Debian clang version 19.1.7"))
+    assert run.returncode != 0
+    assert "expected g++ to build the emulator, but got Debian clang version 19.1.7" in run.stderr
+
+
+@pytest.mark.parametrize("kind", ["1", "asan"])
+def test_emulated_kernels_are_compiled_with_their_checks(tree, kind):
+    _build(tree, PVK_SIMT=kind, **_fake_compiler(tree, "g++ 12.2.0"))
+    (rules,) = (tree / "build").glob("*/build.ninja")
+    folder = "simt_asan" if kind == "asan" else "simt"
+    flags = dict(re.findall(rf"^build {folder}/(\S+)\.o: cxx .*\n  flags = (.*)$", rules.read_text(), re.MULTILINE))
+    for kernel in ("ops_nms_cuda", "ops_roi_align_cuda"):
+        assert ("-fsanitize=thread,alignment,bounds" in flags[kernel]) == (kind == "1")
+        assert "-ffp-contract=off" in flags[kernel]
+    # The emulator itself calls no hooks: they would call themselves.
+    assert "-fsanitize=thread" not in flags["simt_control"] + flags["ops_nms_nms"]
+    assert all(("-fsanitize=address,undefined" in flag) == (kind == "asan") for flag in flags.values())
+
+
+def test_what_an_earlier_build_left_in_the_package_is_removed(tmp_path):
+    package, built = tmp_path / "package", tmp_path / "built"
+    (package / "lib").mkdir(parents=True)
+    built.mkdir()
+    for name in ("cuda", "simt", "simt_asan"):
+        (package / "lib" / f"libpvk_{name}.so").touch()
+    (built / "libpvk_cpu.so").touch()
+    (built / "libpvk_simt.so").write_text("new")
+    install(built, package, ["lib/libpvk_cpu.so", "lib/libpvk_simt.so"])
+    assert sorted(path.name for path in (package / "lib").iterdir()) == ["libpvk_cpu.so", "libpvk_simt.so"]
+    assert (package / "lib" / "libpvk_simt.so").read_text() == "new"
+
+
 def test_missing_torch_is_named(tree):
     package = tree / "fake" / "torch"
     package.mkdir(parents=True)
@@ -83,7 +133,7 @@ def test_missing_torch_is_named(tree):
 @pytest.mark.slow
 def test_wheel_works_away_from_the_source(tree, tmp_path):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    environment = {**os.environ, "PVK_BUILD": "cpu", "MAX_JOBS": "2"}
+    environment = {**os.environ, "PVK_BUILD": "cpu", "PVK_SIMT": "0", "MAX_JOBS": "2"}
     wheel = [*pip, "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", str(tmp_path / "wheels"), str(tree)]
     run = subprocess.run(wheel, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

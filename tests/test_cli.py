@@ -8,13 +8,15 @@ import sys
 import pytest
 import torch
 
+from pyvision_kernels import _simt
 from pyvision_kernels.__main__ import main
+from pyvision_kernels._extension import Library
 
 
 def test_info_names_versions_and_what_was_built(capsys):
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    for part in ("torch", "CPU kernels", "CUDA kernels", "CUDA build", "in force"):
+    for part in ("torch", "CPU kernels", "CUDA kernels", "CUDA build", "CUDA emulator", "in force"):
         assert part in text
     assert torch.__version__.split("+")[0] in text
 
@@ -25,6 +27,18 @@ def test_verify_passes_and_prints_every_op(capsys):
     assert "nms" in text
     assert "roi_align" in text
     assert "FAILED" not in text
+
+
+def test_verify_runs_the_emulator(emulator, capsys):
+    assert main(["verify", "nms", "--small", "--device", "simt", "--seed", "5"]) == 0
+    assert "on simt" in capsys.readouterr().out
+    assert _simt.options() is None
+
+
+def test_verify_says_why_there_is_no_emulator(monkeypatch):
+    monkeypatch.setattr(_simt, "load", lambda: Library("emulated CUDA", None, "not built", "run make test"))
+    with pytest.raises(SystemExit, match="expected an emulator for simt, but there is none: not built"):
+        main(["verify", "--device", "simt"])
 
 
 def test_verify_refuses_an_unknown_op():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import shutil
 import subprocess
@@ -9,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from pyvision_kernels import _extension
+import pyvision_kernels as pvk
+from pyvision_kernels import _extension, _simt
 
 ROOT = Path(__file__).resolve().parent.parent
 CALL = "import torch, pyvision_kernels as pvk; pvk.ops.nms(torch.rand(3, 4), torch.rand(3), 0.5)"
@@ -53,6 +57,50 @@ def test_library_that_does_not_load_is_named_with_the_reason(package):
     (package / "pyvision_kernels" / "lib" / "libpvk_cpu.so").write_bytes(b"not a library")
     run = _python(CALL, package)
     assert "the CPU kernels are not available: libpvk_cpu.so does not load" in run.stderr
+
+
+def test_emulator_that_is_not_built_says_what_builds_it(package):
+    code = (
+        "from pyvision_kernels import _simt\nprint(_simt.status(), _simt.options())\nwith _simt.emulated():\n    pass"
+    )
+    run = _python(code, package, PVK_SIMT="1")
+    assert run.stdout.strip() == "no: not built (run make test) None"
+    assert "emulated: the emulated CUDA kernels are not available: not built. To mend it: run make test" in run.stderr
+
+
+def test_sanitized_emulator_is_not_loaded_without_its_runtime(package):
+    # The sanitizer would end the process.
+    code = "from pyvision_kernels import _simt; print(_simt.status())"
+    run = _python(code, package, PVK_SIMT="asan", LD_PRELOAD="")
+    assert run.stdout.strip() == "no: libasan is not preloaded (run make test-asan)"
+
+
+def test_ops_are_emulated_inside_the_block_alone(emulator):
+    boxes, scores = torch.rand(5, 4), torch.rand(5)
+    with torch.profiler.profile(acc_events=True) as profile:
+        with _simt.emulated(seed=3), contextlib.suppress(KeyError):
+            pvk.ops.nms(boxes, scores, 0.5)
+            with _simt.emulated(seed=4, global_races=True):
+                assert _simt.options() == (4, True, True)
+            assert _simt.options() == (3, True, False)
+            raise KeyError
+        assert _simt.options() is None
+        pvk.ops.nms(boxes, scores, 0.5)
+    names = [event.name for event in profile.events() if event.name.endswith("::nms")]
+    assert names == ["pvk_simt::nms", "pvk::nms"]
+
+
+def test_gradients_autocast_and_vmap_are_emulated_too(emulator):
+    input, boxes = torch.rand(2, 3, 8, 8, requires_grad=True), torch.tensor([[0.0, 1, 1, 6, 6], [1, 0, 2, 5, 7]])
+    pooled = functools.partial(pvk.ops.roi_align, boxes=boxes, output_size=2)
+    with torch.profiler.profile(acc_events=True) as profile, _simt.emulated():
+        torch.autograd.grad(pooled(input).sum(), input)
+        with torch.autocast("cpu", torch.bfloat16):
+            pooled(input.detach())
+        torch.func.vmap(pooled)(torch.rand(3, 2, 3, 8, 8))
+        torch.func.grad(lambda x: pooled(x).sum())(input.detach())
+    names = {event.name for event in profile.events() if event.name.startswith("pvk")}
+    assert names == {"pvk_simt::roi_align", "pvk_simt::_roi_align_backward"}
 
 
 def test_layers_can_be_built_without_the_libraries(package):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import pyvision_kernels as pvk
+from pyvision_kernels import _simt
 from pyvision_kernels._case import all_cases
 from pyvision_kernels._op import REGISTRY
 
@@ -61,6 +62,17 @@ def test_every_operator_has_a_fake_and_belongs_to_an_op():
     assert owned == set(REGISTRY)
     for name in REGISTRY:
         assert torch._library.simple_registry.singleton.find(f"pvk::{name}").fake_impl.kernel is not None
+
+
+def test_every_operator_has_an_emulated_twin_with_the_same_contract(emulator):
+    assert set(_simt.twins()) == set(REGISTRY)
+    for name, twin in _simt.twins().items():
+        ours = REGISTRY[name].overload
+        assert str(twin._schema) == str(ours._schema).replace("pvk::", "pvk_simt::")
+        for key in ("CPU", "Autograd", "AutocastCPU", "FuncTorchBatched"):
+            has = [torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key) for op in (twin, ours)]
+            assert has[0] == has[1], f"{name}: {key}"
+        assert torch._library.simple_registry.singleton.find(f"pvk_simt::{name}").fake_impl.kernel is not None
 
 
 @every_op

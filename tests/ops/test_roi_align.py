@@ -10,6 +10,7 @@ from torchvision.ops import RoIAlign as TorchvisionRoIAlign
 from torchvision.ops import roi_align as torchvision_roi_align
 
 import pyvision_kernels as pvk
+from pyvision_kernels import _simt
 from pyvision_kernels.ops import roi_align
 
 NAN, INF = math.nan, math.inf
@@ -102,6 +103,7 @@ def test_large_box_takes_as_many_samples_as_torchvision(device):
         torch.testing.assert_close(ours, torchvision_roi_align(input, boxes, 4, 1.0, 0, aligned), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow_emulated("51 million threads")
 def test_many_boxes(device):
     input = torch.randn(2, 2, 8, 8, device=device)
     _, boxes = _inputs(device, torch.float32, count=100_000)
@@ -119,7 +121,7 @@ def test_channels_last_in_is_channels_last_out(device):
     assert roi_align(input, boxes, 3).is_contiguous()
     last = roi_align(input.to(memory_format=torch.channels_last), boxes, 3)
     assert last.is_contiguous(memory_format=torch.channels_last)
-    if device == "cpu":  # one order of summation for both layouts
+    if device == "cpu" and not _simt.options():  # one order of summation for both layouts
         assert torch.equal(last, roi_align(input, boxes, 3))
     torch.testing.assert_close(last, roi_align(input, boxes, 3))
 
