@@ -96,18 +96,23 @@ void check_readers(const Observed& o, const Readers& readers, uint32_t base) {
   }
 }
 
-constexpr size_t kManyReaders = 64;  // from then on a list is pruned
+constexpr size_t kSearchedReaders = 64;  // of the latest, for lanes that read together
+constexpr size_t kManyReaders = 1024;    // from then on a list is shortened
 
-// A later access of a thread stands for its earlier ones of the same kind: who knows of it knows of them.
-void forget_earlier(std::vector<Readers>& more, const Readers& mine) {
+// A later access of a thread stands for its earlier ones of the same kind: who knows of it knows of them. Beyond half
+// of the limit the oldest are forgotten.
+void shorten(std::vector<Readers>& more) {
+  std::stable_sort(more.begin(), more.end(), [](const Readers& a, const Readers& b) { return a.time > b.time; });
+  std::unordered_map<uint64_t, uint32_t> seen;  // lanes, by warp and kind
   size_t kept = 0;
   for (Readers& readers : more) {
-    if (readers.warp == mine.warp && readers.atomic == mine.atomic && readers.wrote == mine.wrote &&
-        readers.time != mine.time)
-      readers.lanes &= ~mine.lanes;
+    uint32_t& lanes = seen[uint64_t(readers.warp) << 2 | readers.atomic << 1 | readers.wrote];
+    readers.lanes &= ~lanes;
+    lanes |= readers.lanes;
     if (readers.lanes != 0) more[kept++] = readers;
   }
-  more.resize(kept);
+  more.resize(std::min(kept, kManyReaders / 2));
+  std::reverse(more.begin(), more.end());
 }
 
 void add_reader(const Observed& o, Cell& cell, uint32_t base, uint32_t place) {
@@ -139,10 +144,9 @@ void add_reader(const Observed& o, Cell& cell, uint32_t base, uint32_t place) {
     cell.more = uint32_t(machine.more_readers.size());
   }
   auto& more = machine.more_readers[cell.more - 1];
-  if (more.size() >= kManyReaders) forget_earlier(more, mine);
-  for (Readers& readers : more) {
-    if (join(readers)) return;
-  }
+  const size_t searched = std::min(more.size(), kSearchedReaders);
+  if (std::any_of(more.rbegin(), more.rbegin() + ptrdiff_t(searched), join)) return;
+  if (more.size() >= kManyReaders) shorten(more);
   more.push_back(mine);
 }
 
