@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -12,17 +12,6 @@ import torch
 from references import FORMATS, INTEGERS, ROUNDINGS, apply, decode, encode, round_exactly, round_to, to_integer
 
 NARROW = ["half", "bfloat16"]
-
-
-@pytest.fixture(autouse=True)
-def _no_warnings() -> Iterator[None]:
-    with np.errstate(all="ignore"):
-        yield
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
 
 
 # ---- operands ----
