@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pyvision_kernels import _simt
 from pyvision_kernels._case import all_cases
 from pyvision_kernels._op import REGISTRY
 from pyvision_kernels._verify import run_case
@@ -73,6 +74,22 @@ def test_two_runs_are_equal_bit_for_bit(spec, device):
             runs.append([output.detach(), *grads])
     finally:
         torch.set_num_threads(threads)
+    for run in runs[1:]:
+        for one, other in zip(runs[0], run, strict=True):
+            assert torch.equal(one, other)
+
+
+@by_op
+@pytest.mark.simt
+def test_every_schedule_gives_the_same_bits(spec, emulator):
+    runs = []
+    for seed in range(6):
+        inputs = spec.tests()[2].inputs(torch.float32)
+        leaves = {name: inputs[name].requires_grad_() for name in spec.differentiable}
+        with _simt.emulated(seed):
+            output = spec.op(**inputs)
+            grads = torch.autograd.grad(output, list(leaves.values()), torch.ones_like(output)) if leaves else []
+        runs.append([output.detach(), *grads])
     for run in runs[1:]:
         for one, other in zip(runs[0], run, strict=True):
             assert torch.equal(one, other)
