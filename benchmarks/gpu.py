@@ -73,7 +73,7 @@ def stages(ops: list[str], only: str) -> list[Stage]:
     if not only:
         # The kernels and intrinsics that hold the emulator to what hardware does.
         tests = [PYTHON, "-m", "pytest", "tests/simt", "-m", "cuda", "-q", "-p", "no:cacheprovider"]
-        result.append(Stage("emulator", tests, hash_below("csrc", "tests/simt"), 90))
+        result.append(Stage("suite-core", tests, hash_below("csrc", "tests/simt"), 90, sources.CORE, "suite"))
     sanitizer = find_sanitizer()
     for op in ops:
         for tool in ("memcheck", "racecheck"):

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_status`: of each op, whether its present sources were verified on a GPU. Needs no GPU."""
+"""`python -m benchmarks.gpu_status`: whether each op's, and the core's, present sources were verified on a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STYLES = {"verified": "green", "changed": "yellow", "failed": "red", "never": "y
 def table() -> Table:
     states = all_states()
     result = Table("op", "standing", "what is known")
-    for op in sources.op_names():
+    for op in [*sources.op_names(), sources.CORE]:
         status, remark = standing(op, states)
         result.add_row(op, f"[{STYLES[status]}]{status}", remark)
     return result

@@ -22,9 +22,14 @@ CPU_ONLY = {
 }
 
 
+# Verified beside the ops: the wrappers of csrc/core, by the kernels of tests/simt.
+CORE = "core"
+
+
 def kernel_sources(op: str, device: str) -> list[Path]:
     """The op's own files and the headers that its kernels may include, on "cpu" or "cuda"."""
-    own = [path for path in (ROOT / "csrc" / "ops" / op).rglob("*") if path.is_file()]
+    folder = ROOT / "tests" / "simt" if op == CORE else ROOT / "csrc" / "ops" / op
+    own = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     core = [path for path in (ROOT / "csrc" / "core").iterdir() if path.suffix in (".h", ".cuh")]
     return sorted(path for path in own + core if device == "cpu" or path.name not in CPU_ONLY)
 
