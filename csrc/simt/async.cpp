@@ -18,14 +18,18 @@ void land_oldest(Thread& self, size_t count) {
   self.copies.erase(self.copies.begin(), self.copies.begin() + ptrdiff_t(count));
 }
 
-Mbarrier& find_mbarrier(uint64_t* barrier, const char* what, Site site) {
+// A thread may arrive at another block's mbarrier, but only wait at its own.
+enum class Whose { kOwn, kOfCluster };
+
+Mbarrier& find_mbarrier(uint64_t* barrier, const char* what, Site site, Whose whose) {
+  const auto where = [&] { return std::string(what) + " " + line_of(site); };
   SharedPlace place;
-  if (!find_shared(barrier, place))
-    fail(std::string(what) + " " + line_of(site) + ": expected an mbarrier in shared memory");
+  if (!find_shared(barrier, place)) fail(where() + ": expected an mbarrier in shared memory");
   const auto found = place.block->mbarriers.find(place.offset);
   if (found == place.block->mbarriers.end())
-    fail(std::string(what) + " " + line_of(site) + ": the mbarrier (" + describe_shared(place) +
-         ") is not initialised");
+    fail(where() + ": the mbarrier (" + describe_shared(place) + ") is not initialised");
+  if (whose == Whose::kOwn && place.block != current->block)
+    fail(where() + ": the mbarrier (" + describe_shared(place) + ") is in the shared memory of another block");
   return found->second;
 }
 
@@ -41,17 +45,6 @@ void complete_phase(Mbarrier& barrier) {
     wake(*thread);
   }
   barrier.waiting.clear();
-}
-
-// A thread may arrive at another block's mbarrier, but only wait at its own.
-Mbarrier& find_own_mbarrier(uint64_t* barrier, const char* what, Site site) {
-  Mbarrier& found = find_mbarrier(barrier, what, site);
-  SharedPlace place;
-  find_shared(barrier, place);
-  if (place.block != current->block)
-    fail(std::string(what) + " " + line_of(site) + ": the mbarrier (" + describe_shared(place) +
-         ") is in the shared memory of another block");
-  return found;
 }
 
 // Whether the phase of this parity is over: the phase under way has the other one.
@@ -115,17 +108,16 @@ void cp_async_wait_all() {
 }
 
 [[gnu::noinline]] void mbarrier_invalidate(uint64_t* barrier, Site site) {
-  const Mbarrier& state = find_own_mbarrier(barrier, "mbarrier invalidate", site);
+  const Mbarrier& state = find_mbarrier(barrier, "mbarrier invalidate", site, Whose::kOwn);
   if (!state.waiting.empty()) fail("mbarrier invalidate " + line_of(site) + ": threads wait at it");
-  SharedPlace place;
-  find_shared(barrier, place);
-  place.block->mbarriers.erase(place.offset);
+  const size_t offset = size_t(reinterpret_cast<unsigned char*>(barrier) - current->block->shared);
+  current->block->mbarriers.erase(offset);
   observe(barrier, sizeof(*barrier), Access::kWrite, true, __builtin_return_address(0));
 }
 
 [[gnu::noinline]] void mbarrier_arrive(uint64_t* barrier, unsigned count, Site site) {
   Thread& self = *current;
-  Mbarrier& state = find_mbarrier(barrier, "mbarrier arrive", site);
+  Mbarrier& state = find_mbarrier(barrier, "mbarrier arrive", site, Whose::kOfCluster);
   observe(barrier, sizeof(*barrier), Access::kAtomicWrite, true, __builtin_return_address(0));
   const unsigned column = self.block->rank * machine.threads_of_block + self.rank;
   state.arrived_in.resize(machine.spec.cluster * machine.threads_of_block);
@@ -142,7 +134,7 @@ void cp_async_wait_all() {
 }
 
 [[gnu::noinline]] bool mbarrier_test(uint64_t* barrier, unsigned parity, Site site) {
-  Mbarrier& state = find_own_mbarrier(barrier, "mbarrier test", site);
+  Mbarrier& state = find_mbarrier(barrier, "mbarrier test", site, Whose::kOwn);
   observe(barrier, sizeof(*barrier), Access::kAtomicRead, true, __builtin_return_address(0));
   spin();
   if (!is_over(state, parity)) return false;
@@ -151,7 +143,7 @@ void cp_async_wait_all() {
 }
 
 [[gnu::noinline]] void mbarrier_wait(uint64_t* barrier, unsigned parity, Site site) {
-  Mbarrier& state = find_own_mbarrier(barrier, "mbarrier wait", site);
+  Mbarrier& state = find_mbarrier(barrier, "mbarrier wait", site, Whose::kOwn);
   observe(barrier, sizeof(*barrier), Access::kAtomicRead, true, __builtin_return_address(0));
   if (is_over(state, parity)) return acquire(*current, state.past_clock);
   state.waiting.push_back(current);

@@ -72,38 +72,31 @@ SIMT_HOOK void* simt_memset(void* to, int value, size_t bytes) {
 }
 
 // Atomics of the host's own code (function-local statics, shared_ptr); a kernel's go through simt/atomics.h.
-#define SIMT_HOST_ATOMICS(bits, type)                                                                                 \
-  SIMT_HOOK type __tsan_atomic##bits##_load(const volatile type* p, int) {                                            \
-    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                                      \
-  }                                                                                                                   \
-  SIMT_HOOK void __tsan_atomic##bits##_store(volatile type* p, type value, int) {                                     \
-    __atomic_store_n(p, value, __ATOMIC_SEQ_CST);                                                                     \
-  }                                                                                                                   \
-  SIMT_HOOK type __tsan_atomic##bits##_exchange(volatile type* p, type value, int) {                                  \
-    return __atomic_exchange_n(p, value, __ATOMIC_SEQ_CST);                                                           \
-  }                                                                                                                   \
-  SIMT_HOOK type __tsan_atomic##bits##_fetch_add(volatile type* p, type value, int) {                                 \
-    return __atomic_fetch_add(p, value, __ATOMIC_SEQ_CST);                                                            \
-  }                                                                                                                   \
-  SIMT_HOOK type __tsan_atomic##bits##_fetch_sub(volatile type* p, type value, int) {                                 \
-    return __atomic_fetch_sub(p, value, __ATOMIC_SEQ_CST);                                                            \
-  }                                                                                                                   \
-  SIMT_HOOK type __tsan_atomic##bits##_fetch_and(volatile type* p, type value, int) {                                 \
-    return __atomic_fetch_and(p, value, __ATOMIC_SEQ_CST);                                                            \
-  }                                                                                                                   \
-  SIMT_HOOK type __tsan_atomic##bits##_fetch_or(volatile type* p, type value, int) {                                  \
-    return __atomic_fetch_or(p, value, __ATOMIC_SEQ_CST);                                                             \
-  }                                                                                                                   \
-  SIMT_HOOK type __tsan_atomic##bits##_fetch_xor(volatile type* p, type value, int) {                                 \
-    return __atomic_fetch_xor(p, value, __ATOMIC_SEQ_CST);                                                            \
-  }                                                                                                                   \
-  SIMT_HOOK int __tsan_atomic##bits##_compare_exchange_strong(volatile type* p, type* expected, type value, int,      \
-                                                              int) {                                                  \
-    return __atomic_compare_exchange_n(p, expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                \
-  }                                                                                                                   \
-  SIMT_HOOK int __tsan_atomic##bits##_compare_exchange_weak(volatile type* p, type* expected, type value, int, int) { \
-    return __atomic_compare_exchange_n(p, expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                \
+#define SIMT_HOST_FETCH(bits, type, op)                                                \
+  SIMT_HOOK type __tsan_atomic##bits##_fetch_##op(volatile type* p, type value, int) { \
+    return __atomic_fetch_##op(p, value, __ATOMIC_SEQ_CST);                            \
   }
+#define SIMT_HOST_EXCHANGE(bits, type, strength)                                                                       \
+  SIMT_HOOK int __tsan_atomic##bits##_compare_exchange_##strength(volatile type* p, type* old, type value, int, int) { \
+    return __atomic_compare_exchange_n(p, old, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                      \
+  }
+#define SIMT_HOST_ATOMICS(bits, type)                                                \
+  SIMT_HOOK type __tsan_atomic##bits##_load(const volatile type* p, int) {           \
+    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                     \
+  }                                                                                  \
+  SIMT_HOOK void __tsan_atomic##bits##_store(volatile type* p, type value, int) {    \
+    __atomic_store_n(p, value, __ATOMIC_SEQ_CST);                                    \
+  }                                                                                  \
+  SIMT_HOOK type __tsan_atomic##bits##_exchange(volatile type* p, type value, int) { \
+    return __atomic_exchange_n(p, value, __ATOMIC_SEQ_CST);                          \
+  }                                                                                  \
+  SIMT_HOST_FETCH(bits, type, add)                                                   \
+  SIMT_HOST_FETCH(bits, type, sub)                                                   \
+  SIMT_HOST_FETCH(bits, type, and)                                                   \
+  SIMT_HOST_FETCH(bits, type, or)                                                    \
+  SIMT_HOST_FETCH(bits, type, xor)                                                   \
+  SIMT_HOST_EXCHANGE(bits, type, strong)                                             \
+  SIMT_HOST_EXCHANGE(bits, type, weak)
 SIMT_HOST_ATOMICS(8, uint8_t)
 SIMT_HOST_ATOMICS(32, uint32_t)
 SIMT_HOST_ATOMICS(64, uint64_t)

@@ -77,6 +77,18 @@ void free_more(Cell& cell) {
   cell.more = 0;
 }
 
+// An empty list.
+uint32_t take_more() {
+  if (machine.free_readers.empty()) {
+    machine.more_readers.emplace_back();
+    return uint32_t(machine.more_readers.size());
+  }
+  const uint32_t more = machine.free_readers.back();
+  machine.free_readers.pop_back();
+  machine.more_readers[more - 1].clear();
+  return more;
+}
+
 bool same_readers(const Readers& a, const Readers& b) {
   return a.warp == b.warp && a.time == b.time && a.atomic == b.atomic && a.wrote == b.wrote;
 }
@@ -135,14 +147,7 @@ void add_reader(const Observed& o, Cell& cell, uint32_t base, uint32_t place) {
     return true;
   };
   if (join(first)) return;
-  if (cell.more == 0 && !machine.free_readers.empty()) {
-    cell.more = machine.free_readers.back();
-    machine.free_readers.pop_back();
-    machine.more_readers[cell.more - 1].clear();
-  } else if (cell.more == 0) {
-    machine.more_readers.emplace_back();
-    cell.more = uint32_t(machine.more_readers.size());
-  }
+  if (cell.more == 0) cell.more = take_more();
   auto& more = machine.more_readers[cell.more - 1];
   const size_t searched = std::min(more.size(), kSearchedReaders);
   if (std::any_of(more.rbegin(), more.rbegin() + ptrdiff_t(searched), join)) return;
@@ -184,8 +189,8 @@ void split_word(Shadow& shadow, size_t offset) {
     Cell& byte = shadow.byte(offset / 4 * 4 + i);
     byte = word;
     if (byte.more == 0 || word.readers.time <= machine.readers_base) continue;
-    machine.more_readers.push_back(machine.more_readers[word.more - 1]);
-    byte.more = uint32_t(machine.more_readers.size());
+    byte.more = take_more();
+    machine.more_readers[byte.more - 1] = machine.more_readers[word.more - 1];
   }
   shadow.split_in(offset) = uint32_t(machine.launches);
 }
