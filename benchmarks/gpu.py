@@ -26,6 +26,7 @@ from rich.table import Table
 
 from benchmarks import environment, sources
 from benchmarks.gpu_state import State, all_states, standing
+from pyvision_kernels._case import all_cases
 
 TOTAL_SECONDS = 480.0
 LEAST_SECONDS = 10.0  # a stage is not begun with less left
@@ -68,7 +69,8 @@ def stages(ops: list[str], only: str) -> list[Stage]:
     build = [PYTHON, "setup.py", "build_ext", "--inplace"]
     result = [Stage("build", build, hash_below("csrc"), 180, environment={"PVK_BUILD": "cuda"})]
     for op in ops:
-        tests = [PYTHON, "-m", "pytest", "tests", "-m", "cuda", "-k", op, "-q", "-p", "no:cacheprovider"]
+        names = " or ".join([op, *(spec.name for spec in all_cases() if spec.family == op)])
+        tests = [PYTHON, "-m", "pytest", "tests", "-m", "cuda", "-k", names, "-q", "-p", "no:cacheprovider"]
         result.append(Stage(f"suite-{op}", tests, package, 150, op, "suite"))
     if not only:
         # The kernels and intrinsics that hold the emulator to what hardware does.

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import pair, sources
-from pyvision_kernels._case import Case, Inputs, OpCases, all_cases
+from pyvision_kernels._case import Case, Inputs, OpCases, all_cases, tensors_of
 from pyvision_kernels._verify import Result, run_case
 
 # What is wrong, or not launch-bound, ends before it is timed.
@@ -24,35 +24,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")
 LAUNCH_BOUND = 100e-6  # Seconds; a GPU call shorter than this is timed by graph replay too.
 CALLS_FOR_OVERHEAD = 200
 
-# So small that a call is nothing but its overhead.
-TINY = {
-    "roi_align": Case(
-        "per_call_overhead",
-        lambda generator: {
-            "input": torch.randn(1, 4, 4, 4, generator=generator, dtype=torch.float64),
-            "boxes": torch.tensor([[0, 0.5, 0.5, 3, 3]], dtype=torch.float64),
-            "output_size": 1,
-            "sampling_ratio": 1,
-        },
-    ),
-    "nms": Case(
-        "per_call_overhead",
-        lambda generator: {
-            "boxes": torch.tensor([[0, 0, 2, 2], [0, 0, 2, 3], [5, 5, 6, 6]], dtype=torch.float64),
-            "scores": torch.tensor([0.5, 0.7, 0.6], dtype=torch.float64),
-            "iou_threshold": 0.5,
-        },
-    ),
-}
-
 
 @dataclass(frozen=True)
 class Row:
     """One line of the report.
 
     Attributes:
-        provider: Whom we are measured against: torchvision in the dtype, or in float32 where it has no such kernel, or
-            our own float32 kernel.
+        provider: Whom we are measured against: torchvision (say) in the dtype, or in float32 where it may have no such
+            kernel, or our own float32 kernel.
         mode: eager, or graph (replay of a CUDA graph).
         calls: Calls in a round; above 1 the host's clock is read, since the launch is what is measured.
     """
@@ -95,17 +74,17 @@ class Row:
 def _rows(config: pytest.Config) -> Iterator[Row]:
     device, smoke, only = config.getoption("device"), config.getoption("smoke"), config.getoption("only")
     specs = {spec.name: spec for spec in all_cases()}
-    if only and only not in specs:
-        raise pytest.UsageError(f"--only: expected one of {', '.join(specs)}, but got {only}")
+    names = {*specs, *(spec.family for spec in specs.values())}
+    if only and only not in names:
+        raise pytest.UsageError(f"--only: expected one of {', '.join(sorted(names))}, but got {only}")
     for spec in specs.values():
-        if only and spec.name != only:
+        if only and only not in (spec.name, spec.family):
             continue
         # The third test case of an op is an ordinary one: the first may be empty.
         for case in spec.tests()[2:3] if smoke else spec.benchmarks(config.getoption("full")):
             yield from _rows_of_case(spec, case, device)
-        if spec.name in TINY:
-            calls = 5 if smoke else CALLS_FOR_OVERHEAD
-            yield Row(spec, TINY[spec.name], torch.float32, "contiguous", "forward", "torchvision", device, calls=calls)
+        calls = 5 if smoke else CALLS_FOR_OVERHEAD
+        yield Row(spec, spec.tiny, torch.float32, "contiguous", "forward", spec.peer_package, device, calls=calls)
 
 
 def _rows_of_case(spec: OpCases, case: Case, device: str) -> Iterator[Row]:
@@ -115,15 +94,15 @@ def _rows_of_case(spec: OpCases, case: Case, device: str) -> Iterator[Row]:
             continue
         for direction in ("forward", "backward") if spec.differentiable else ("forward",):
             if dtype == single:
-                providers = ["torchvision"]
+                providers = [spec.peer_package]
             elif layout == "contiguous":
-                providers = ["torchvision float32", "pvk float32"]
+                providers = [f"{spec.peer_package} float32", "pvk float32"]
             else:
                 providers = ["pvk float32"]
             for provider in providers:
                 row = Row(spec, case, dtype, layout, direction, provider, device)
                 yield row
-                if device == "cuda" and direction == "forward" and not spec.exact:  # nms synchronises
+                if device == "cuda" and direction == "forward" and not spec.sized_by_data:
                     yield replace(row, mode="graph")
 
 
@@ -143,10 +122,10 @@ def _call(spec: OpCases, function: Callable[..., Any], inputs: Inputs, direction
     """A forward, or the backward of a graph that is kept; the gradient has the layout of the output."""
     if direction == "forward":
         return functools.partial(function, **inputs)
-    leaves = {name: inputs[name].detach().requires_grad_() for name in spec.differentiable}
-    output = function(**{**inputs, **leaves})
-    grad = torch.randn_like(output)
-    return lambda: torch.autograd.grad(output, list(leaves.values()), grad, retain_graph=True)
+    inputs, leaves = spec.with_leaves(inputs)
+    outputs = [output for output in tensors_of(function(**inputs)) if output.is_floating_point()]
+    grads = [torch.randn_like(output) for output in outputs]
+    return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
 
 
 def operators_seen(call: pair.Call) -> set[str]:
@@ -181,7 +160,7 @@ def test_ours_against_the_peer(benchmark, row, request):
     if timing is None:
         return
     info = {**row.labels, "error": result.error, "peer_error": result.peer_error, "allowed": result.allowed}
-    info["source_hash"] = sources.kernel_hash(row.spec.name, row.device)
+    info["source_hash"] = sources.kernel_hash(row.spec.family, row.device)
     if row.direction == "forward" and row.calls == 1:  # the cases count a forward's work
         inputs = _inputs(row.case, row.dtype, row.device, row.layout)
         output = row.spec.op(**inputs)

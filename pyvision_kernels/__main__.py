@@ -54,11 +54,12 @@ def verify(console: Console, names: list[str], device: str, small: bool = False,
 
     The device "simt" is the emulator on the CPU, with a seed of its schedule.
     """
-    specs = {spec.name: spec for spec in all_cases()}
-    unknown = sorted(set(names) - set(specs))
+    specs = list(all_cases())
+    known = sorted({name for spec in specs for name in (spec.name, spec.family)})
+    unknown = sorted(set(names) - set(known))
     if unknown:
-        raise SystemExit(f"verify: expected ops among {', '.join(specs)}, but got {', '.join(unknown)}")
-    chosen = [spec for name, spec in specs.items() if not names or name in names]
+        raise SystemExit(f"verify: expected ops among {', '.join(known)}, but got {', '.join(unknown)}")
+    chosen = [spec for spec in specs if not names or spec.name in names or spec.family in names]
     emulator: contextlib.AbstractContextManager = contextlib.nullcontext()
     if device == "simt":
         if _simt.load().handle is None:
@@ -118,7 +119,9 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, what was built, what this machine can run")
     checks = commands.add_parser("verify", help="run the shipped cases against float64 and torchvision")
-    checks.add_argument("op", nargs="*", help="all ops where none is named")
+    checks.add_argument(
+        "op", nargs="*", help="a function, or a family of them by its folder in ops; all where none is named"
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     checks.add_argument("--device", default=device, help="cpu, cuda, or simt: the CUDA kernels emulated on the CPU")
     checks.add_argument("--seed", type=int, default=0, help="of simt's schedule; 0 runs threads in order")

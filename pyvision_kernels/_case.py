@@ -1,16 +1,18 @@
 """Cases: inputs with a name, shared by the tests, `verify` and the benchmarks.
 
-Each op's `cases.py` holds one `OpCases`, called CASES. A case makes float64 inputs on the CPU; `Case.inputs` turns
-them into the dtype, device and layout asked for.
+Each folder of ops has a `cases.py` that ends in CASES: an `OpCases` for every public function. A case makes float64
+inputs on the CPU; `Case.inputs` turns them into the dtype, device and layout asked for. An argument may be a Tensor or
+a list of them, a result a Tensor or a tuple of them.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,14 +47,17 @@ class Case:
 
     def inputs(self, dtype: torch.dtype, device: str | torch.device = "cpu", layout: str = "contiguous") -> Inputs:
         made = self.make(torch.Generator().manual_seed(0))
-        result = {}
-        for name, value in made.items():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                keeps_single = name in self.single and dtype in (torch.float16, torch.bfloat16)
-                value = value.to(torch.float32 if keeps_single else dtype)
-                value = in_layout(value.to(device), layout)
-            result[name] = value
-        return result
+        single = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+        def convert(tensor: Tensor, wanted: torch.dtype) -> Tensor:
+            if tensor.is_floating_point():
+                tensor = tensor.to(wanted)
+            return in_layout(tensor.to(device), layout)
+
+        return {
+            name: map_tensors(functools.partial(convert, wanted=single if name in self.single else dtype), value)
+            for name, value in made.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -67,31 +72,39 @@ class ErrorCase:
 
 @dataclass(frozen=True)
 class OpCases:
-    """Everything that is known of an op for checking and timing it.
+    """Everything that is known of a public function for checking and timing it.
 
     Attributes:
-        op: The public function.
+        name: Of the function in `pvk.ops`.
+        op: The function.
         reference: The same in readable PyTorch, given float64 (exact ops: given the dtype that the op computes in).
         peer: The fastest other implementation, in its dtype; raises where it has none.
-        operators: Names of the dispatcher's operators that belong to the op.
-        differentiable: Arguments that have gradients.
-        exact: Outputs are indices, equal bit for bit.
+        operators: Names of the dispatcher's operators that it runs: of the forward, of the backward.
+        tiny: Inputs so small that a call is nothing but its overhead.
         flops, bytes: Of a forward on given inputs and output: the least that must be computed and moved.
+        differentiable: Arguments that have gradients.
+        exact: What is computed is a choice (of boxes, say): indices are equal bit for bit, other outputs within
+            EXACT_UNITS of rounding.
+        sized_by_data: The size of the output depends on values: a GPU synchronises, meta tensors raise.
+        family: The folder of `ops` that it is in; set by `all_cases`.
     """
 
     name: str
-    op: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
-    peer: Callable[..., Tensor]
+    op: Callable[..., Any]
+    reference: Callable[..., Any]
+    peer: Callable[..., Any]
     operators: tuple[str, ...]
     cases: tuple[Case, ...]
     errors: tuple[ErrorCase, ...]
-    flops: Callable[[Inputs, Tensor], float]
-    bytes: Callable[[Inputs, Tensor], float]
+    tiny: Case
+    flops: Callable[[Inputs, Any], float]
+    bytes: Callable[[Inputs, Any], float]
     differentiable: tuple[str, ...] = ()
     exact: bool = False
+    sized_by_data: bool = False
     peer_package: str = "torchvision"
     layouts: tuple[str, ...] = LAYOUTS
+    family: str = ""
 
     def peer_is_installed(self) -> bool:
         return importlib.util.find_spec(self.peer_package) is not None
@@ -102,13 +115,37 @@ class OpCases:
     def benchmarks(self, full: bool) -> list[Case]:
         return [case for case in self.cases if case.bench and (full or case.bench == "quick")]
 
+    def with_leaves(self, inputs: Inputs) -> tuple[Inputs, list[Tensor]]:
+        """The inputs with fresh leaves in place of what is differentiable, and these leaves."""
+        leaves = {
+            name: map_tensors(lambda tensor: tensor.detach().requires_grad_(), inputs[name])
+            for name in self.differentiable
+        }
+        return {**inputs, **leaves}, [leaf for value in leaves.values() for leaf in tensors_of(value)]
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors of an argument or a result."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [item for item in value if isinstance(item, Tensor)] if isinstance(value, list | tuple) else []
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A Tensor, or each Tensor of a list, through the function; anything else as it is."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, list):
+        return [map_tensors(function, item) for item in value]
+    return value
+
 
 def error_case(op: str, name: str, error: type[Exception], message: str, inputs: Inputs) -> ErrorCase:
     """Inputs on the CPU, moved to the device of a test; those on another device stay there."""
 
     def make(device: str) -> Inputs:
         return {
-            key: value.to(device) if isinstance(value, Tensor) and value.device.type == "cpu" else value
+            key: map_tensors(lambda tensor: tensor.to(device) if tensor.device.type == "cpu" else tensor, value)
             for key, value in inputs.items()
         }
 
@@ -120,13 +157,15 @@ def in_layout(tensor: Tensor, layout: str) -> Tensor:
     if layout == "channels_last" and tensor.dim() == 4:
         return tensor.contiguous(memory_format=torch.channels_last)
     if layout == "strided" and tensor.dim() > 0:
-        wide = tensor.new_full([2 * size + 1 for size in tensor.shape], float("nan"))
+        absent = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+        wide = tensor.new_full([2 * size + 1 for size in tensor.shape], absent)
         view = wide[tuple(slice(1, None, 2) for _ in tensor.shape)]
         return view.copy_(tensor)
     return tensor.contiguous()
 
 
 def all_cases() -> Iterator[OpCases]:
-    """The cases of every op, by name."""
+    """The cases of every function, folder by folder."""
     for module in sorted(pkgutil.iter_modules(ops.__path__), key=lambda info: info.name):
-        yield importlib.import_module(f"pyvision_kernels.ops.{module.name}.cases").CASES
+        for spec in importlib.import_module(f"pyvision_kernels.ops.{module.name}.cases").CASES:
+            yield replace(spec, family=module.name)

@@ -18,6 +18,7 @@ pytest.importorskip("pytest_benchmark")
 
 from benchmarks import gpu, gpu_status, pair, report, sources
 from benchmarks.gpu_state import State, standing
+from pyvision_kernels._case import all_cases
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -126,12 +127,13 @@ def test_smoke_of_the_main_job(tmp_path):
     assert record["schema_version"] == report.SCHEMA_VERSION
     assert record["verified"] is True
     assert record["threads"] == 1
-    assert {row["op"] for row in record["rows"]} == {*sources.op_names(), "end_to_end"}
+    families = {spec.name: spec.family for spec in all_cases()}
+    assert {row["op"] for row in record["rows"]} == {*families, "end_to_end"}
     for row in record["rows"]:
         assert row["ratio"]["median"] > 0
         assert row["rounds"] >= pair.MIN_ROUNDS
         if row["op"] != "end_to_end":
-            assert row["source_hash"] == sources.kernel_hash(row["op"], "cpu")
+            assert row["source_hash"] == sources.kernel_hash(families[row["op"]], "cpu")
     detector = record["rows"][-1]
     assert detector["detections"] >= 20
     assert detector["worst_iou"] > 0.99
@@ -143,8 +145,8 @@ def test_smoke_of_the_main_job(tmp_path):
 WRONG_NMS = """
 import dataclasses, sys
 from pyvision_kernels.ops.nms import cases
-right = cases.CASES.op
-cases.CASES = dataclasses.replace(cases.CASES, op=lambda **inputs: right(**inputs).flip(0))
+right = cases.NMS.op
+cases.CASES = (dataclasses.replace(cases.NMS, op=lambda **inputs: right(**inputs).flip(0)),)
 from benchmarks.__main__ import main
 sys.exit(main(["--smoke", "--no-verify", "--only", "nms", "--device", "cpu", "--out", sys.argv[1]]))
 """

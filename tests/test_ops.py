@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyvision_kernels import _simt
-from pyvision_kernels._case import all_cases
+from pyvision_kernels._case import all_cases, map_tensors, tensors_of
 from pyvision_kernels._op import REGISTRY
 from pyvision_kernels._verify import run_case
 
@@ -42,10 +42,8 @@ def test_opcheck(spec, device):
     for case in spec.tests()[1:5]:
         for layout in spec.layouts:
             inputs = case.inputs(torch.float32, device, layout)
-            for name in spec.differentiable:
-                inputs[name].requires_grad_()
             with _Record(spec.operators[0]) as calls:
-                spec.op(**inputs)
+                spec.op(**spec.with_leaves(inputs)[0])
             torch.library.opcheck(REGISTRY[spec.operators[0]].overload, calls[0])
 
 
@@ -68,15 +66,22 @@ def test_two_runs_are_equal_bit_for_bit(spec, device):
     try:
         for count in (1, threads, 7):
             torch.set_num_threads(count)
-            leaves = {name: inputs[name].detach().requires_grad_() for name in spec.differentiable}
-            output = spec.op(**{**inputs, **leaves})
-            grads = torch.autograd.grad(output, list(leaves.values()), torch.ones_like(output)) if leaves else []
-            runs.append([output.detach(), *grads])
+            runs.append(_outputs_and_gradients(spec, inputs))
     finally:
         torch.set_num_threads(threads)
     for run in runs[1:]:
         for one, other in zip(runs[0], run, strict=True):
             assert torch.equal(one, other)
+
+
+def _outputs_and_gradients(spec, inputs, function=None):
+    """Of the function (the op), with a gradient of ones."""
+    inputs, leaves = spec.with_leaves(inputs)
+    outputs = tensors_of((function or spec.op)(**inputs))
+    floating = [output for output in outputs if output.is_floating_point()]
+    ones = [torch.ones_like(output) for output in floating]
+    grads = torch.autograd.grad(floating, leaves, ones, materialize_grads=True) if leaves else []
+    return [*(output.detach() for output in outputs), *grads]
 
 
 @by_op
@@ -85,11 +90,8 @@ def test_every_schedule_gives_the_same_bits(spec, emulator):
     runs = []
     for seed in range(6):
         inputs = spec.tests()[2].inputs(torch.float32)
-        leaves = {name: inputs[name].requires_grad_() for name in spec.differentiable}
         with _simt.emulated(seed):
-            output = spec.op(**inputs)
-            grads = torch.autograd.grad(output, list(leaves.values()), torch.ones_like(output)) if leaves else []
-        runs.append([output.detach(), *grads])
+            runs.append(_outputs_and_gradients(spec, inputs))
     for run in runs[1:]:
         for one, other in zip(runs[0], run, strict=True):
             assert torch.equal(one, other)
@@ -110,29 +112,24 @@ def test_inductor_with_gradients_and_changing_sizes(spec):
     compiled = torch.compile(spec.op, fullgraph=True, dynamic=True)
     for case in spec.tests()[:3]:
         inputs = case.inputs(torch.float32)
-        leaves = {name: inputs[name].requires_grad_() for name in spec.differentiable}
-        ours, eager = compiled(**inputs), spec.op(**inputs)
-        assert torch.equal(ours, eager)
-        for one, other in zip(
-            torch.autograd.grad(ours.pow(2).sum(), list(leaves.values())),
-            torch.autograd.grad(eager.pow(2).sum(), list(leaves.values())),
-            strict=True,
-        ):
-            torch.testing.assert_close(one, other)
+        ours, eager = _outputs_and_gradients(spec, inputs, compiled), _outputs_and_gradients(spec, inputs)
+        outputs = len(tensors_of(spec.op(**inputs)))
+        assert all(map(torch.equal, ours[:outputs], eager[:outputs]))
+        torch.testing.assert_close(ours, eager)
     torch._dynamo.reset()
 
 
 @by_op
 def test_meta_tensors_give_meta_tensors(spec):
     inputs = spec.tests()[1].inputs(torch.float32)
-    meta = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-    if spec.exact:  # the size depends on data
+    meta = {name: map_tensors(lambda tensor: tensor.to("meta"), value) for name, value in inputs.items()}
+    if spec.sized_by_data:
         with pytest.raises(RuntimeError, match="data-dependent"):
             spec.op(**meta)
         return
-    output = spec.op(**meta)
-    assert output.device.type == "meta"
-    assert output.shape == spec.op(**inputs).shape
+    for ours, real in zip(tensors_of(spec.op(**meta)), tensors_of(spec.op(**inputs)), strict=True):
+        assert ours.device.type == "meta"
+        assert (ours.shape, ours.dtype) == (real.shape, real.dtype)
 
 
 @by_op
@@ -141,7 +138,8 @@ def test_autocast_gives_the_dtype_that_torchvision_gives(spec, device):
         single = spec.tests()[2].inputs(torch.float32, device)
         mixed = {**single, "scores": single["scores"].bfloat16()}
         with torch.autocast(device, torch.bfloat16):
-            assert torch.equal(spec.op(**mixed), spec.op(**{**single, "scores": mixed["scores"].float()}))
+            ours = tensors_of(spec.op(**mixed))
+            assert all(map(torch.equal, ours, tensors_of(spec.op(**{**single, "scores": mixed["scores"].float()}))))
         return
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         inputs = spec.tests()[1].inputs(dtype, device)

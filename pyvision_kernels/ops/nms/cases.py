@@ -72,13 +72,22 @@ def _error(name: str, error: type[Exception], message: str, **changes) -> ErrorC
     return error_case("nms", name, error, message, {**fitting, **changes})
 
 
-CASES = OpCases(
+NMS = OpCases(
     name="nms",
     op=nms,
     reference=reference.nms,
     peer=lambda **inputs: _torchvision()(**inputs),
     operators=("nms",),
+    tiny=Case(
+        "per_call_overhead",
+        lambda generator: {
+            "boxes": torch.tensor([[0, 0, 2, 2], [0, 0, 2, 3], [5, 5, 6, 6]], dtype=torch.float64),
+            "scores": torch.tensor([0.5, 0.7, 0.6], dtype=torch.float64),
+            "iou_threshold": 0.5,
+        },
+    ),
     exact=True,
+    sized_by_data=True,
     layouts=("contiguous", "strided"),
     cases=(
         _case("none", 0, 0.5),
@@ -135,6 +144,8 @@ CASES = OpCases(
     flops=lambda inputs, output: 10.0 * len(inputs["boxes"]) * len(output) / 2,
     bytes=lambda inputs, output: 5 * len(inputs["boxes"]) * inputs["boxes"].element_size() + 8 * len(output),
 )
+
+CASES = (NMS,)
 
 
 def _torchvision():

@@ -88,12 +88,21 @@ EMPTY: list[list[float]] = [
     [0, -50, -50, -20, -20],
 ]
 
-CASES = OpCases(
+ROI_ALIGN = OpCases(
     name="roi_align",
     op=roi_align,
     reference=reference.roi_align,
     peer=lambda **inputs: _torchvision()(**inputs),
     operators=("roi_align", "_roi_align_backward"),
+    tiny=Case(
+        "per_call_overhead",
+        lambda generator: {
+            "input": torch.randn(1, 4, 4, 4, generator=generator, dtype=torch.float64),
+            "boxes": torch.tensor([[0, 0.5, 0.5, 3, 3]], dtype=torch.float64),
+            "output_size": 1,
+            "sampling_ratio": 1,
+        },
+    ),
     differentiable=("input",),
     cases=(
         _case("fpn_like", (2, 64, 25, 38), 24),
@@ -238,6 +247,9 @@ def _covered(inputs: Inputs) -> float:
     boxes = inputs["boxes"].double()
     area = (boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2]) * inputs["spatial_scale"] ** 2
     return float(area.clamp(min=0).nan_to_num().sum()) * inputs["input"].size(1)
+
+
+CASES = (ROI_ALIGN,)
 
 
 def _torchvision():
