@@ -89,11 +89,11 @@ def benchmark_cases(options: argparse.Namespace, folder: Path, console: Console)
     return report.rows_of(json.loads(results.read_text())) if results.is_file() else [], failed
 
 
-def detect(options: argparse.Namespace, folder: Path, console: Console) -> report.Row:
+def detect(name: str, options: argparse.Namespace, folder: Path, console: Console) -> report.Row:
     small: dict[str, Any] = {"side": 200, "proposals": 100} if options.smoke else {}
-    outcome = end_to_end.run(options.device, folder, 0.0 if options.smoke else 30.0, **small)
+    outcome = end_to_end.run(name, options.device, folder, 0.0 if options.smoke else 30.0, **small)
     console.print(
-        f"Faster R-CNN on a photograph: {outcome.detections} detections of both, matched one to one "
+        f"{name} on a photograph: {outcome.detections} detections of both, matched one to one "
         f"(IoU >= {outcome.worst_iou:.5f}, scores within {outcome.worst_score:.0e}); "
         f"{outcome.timing.ratio.median:.3f}x; roi_align and nms take {outcome.share:.0%} of the stock model's time"
     )
@@ -135,11 +135,11 @@ def main(arguments: list[str] | None = None) -> int:
         console.print("verify failed: what computes the wrong thing is not timed", style="red")
         return 1
     rows, failed = benchmark_cases(options, OUT if options.save else folder, console)
-    if not options.only:
+    for name in [] if options.only else end_to_end.DETECTORS:
         try:
-            rows.append(detect(options, folder, console))
+            rows.append(detect(name, options, folder, console))
         except AssertionError as error:
-            failed.append(f"end_to_end: {error}")
+            failed.append(f"end_to_end {name}: {error}")
 
     record = report.record_of(rows, failed, options.device, verified, load)
     report.print_table(record, console)

@@ -1,4 +1,4 @@
-"""torchvision's Faster R-CNN on a photograph: stock, and with our roi_align and nms in it.
+"""torchvision's Faster R-CNN and RetinaNet on a photograph: stock, and converted.
 
 The weights are random, for nothing is downloaded. So that the detections are like a trained model's (different sizes,
 places and scores, not a thousand equal boxes), the batch norms take their statistics from the photograph, and the
@@ -8,8 +8,9 @@ predictors are scaled to outputs of a chosen mean and spread.
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,13 @@ class Outcome:
     """What was detected, and the time of a whole inference.
 
     Attributes:
+        name: Of the detector.
         detections: How many, the same in both.
         worst_iou, worst_score: Of the matched pairs: the lowest IoU, and the largest difference of scores.
         share: Part of the stock model's time that is spent in torchvision's roi_align and nms.
     """
 
+    name: str
     detections: int
     worst_iou: float
     worst_score: float
@@ -50,31 +53,59 @@ def photograph() -> Tensor:
     return torch.tensor(pixels).movedim(-1, 0).float() / 255
 
 
-def calibrated_detector(picture: Tensor, side: int = 800, proposals: int = 1000) -> nn.Module:
-    """Faster R-CNN in eval mode, its seeded weights calibrated by one pass over the picture [3, H, W].
-
-    Args:
-        side: Shorter side that the model scales the picture to, in pixels.
-        proposals: Boxes that its first stage hands to the second.
-    """
+def _faster_rcnn(side: int, proposals: int) -> nn.Module:
     from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        model = fasterrcnn_resnet50_fpn(
-            weights=None, weights_backbone=None, min_size=side, rpn_post_nms_top_n_test=proposals
-        )
-    model.to(picture.device).eval()
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:  # in training mode each layer feeds normalised maps to the next, and keeps their statistics
-        norm.momentum = 1.0
-        norm.train()
+    model = fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, min_size=side, rpn_post_nms_top_n_test=proposals
+    )
     # A few anchors stand out; boxes move by tenths of the anchor's size and change theirs by some tens of percent.
     predictor = model.roi_heads.box_predictor
     _standardise_outputs(model.rpn.head.cls_logits, mean=-2.0, spread=2.0)
     _standardise_outputs(model.rpn.head.bbox_pred, mean=0.0, spread=0.25)
     _standardise_outputs(predictor.cls_score, mean=0.0, spread=2.0)
     _standardise_outputs(predictor.bbox_pred, mean=0.0, spread=0.8)
+    return model
+
+
+def _retinanet(side: int, proposals: int) -> nn.Module:
+    from torchvision.models.detection import retinanet_resnet50_fpn
+
+    model = retinanet_resnet50_fpn(
+        weights=None, weights_backbone=None, min_size=side, topk_candidates=proposals, detections_per_img=1000
+    )
+    # The heads are shared by levels: all get features of one scale.
+    extra = model.backbone.fpn.extra_blocks
+    for layer in (*(block[0] for block in model.backbone.fpn.layer_blocks), extra.p6, extra.p7):
+        _standardise_outputs(layer, mean=0.0, spread=1.0)
+    # Thousands of candidates of many classes pass the score threshold of 0.05, as early in a training.
+    _standardise_outputs(model.head.classification_head.cls_logits, mean=-4.0, spread=0.5)
+    _standardise_outputs(model.head.regression_head.bbox_reg, mean=0.0, spread=0.25)
+    return model
+
+
+DETECTORS: dict[str, Callable[[int, int], nn.Module]] = {
+    "fasterrcnn_resnet50_fpn": _faster_rcnn,
+    "retinanet_resnet50_fpn": _retinanet,
+}
+
+
+def calibrated_detector(name: str, picture: Tensor, side: int = 800, proposals: int = 1000) -> nn.Module:
+    """A detector in eval mode, its seeded weights calibrated by one pass over the picture [3, H, W].
+
+    Args:
+        name: Of DETECTORS.
+        side: Shorter side that the model scales the picture to, in pixels.
+        proposals: Boxes that Faster R-CNN's first stage hands to the second, or that RetinaNet keeps of each level.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = DETECTORS[name](side, proposals)
+    model.to(picture.device).eval()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:  # in training mode each layer feeds normalised maps to the next, and keeps their statistics
+        norm.momentum = 1.0
+        norm.train()
     detect(model, picture)
     return model.eval()
 
@@ -94,27 +125,9 @@ def _standardise_outputs(layer: nn.Linear | nn.Conv2d, mean: float, spread: floa
     hook = layer.register_forward_hook(standardise)
 
 
-@contextlib.contextmanager
-def kernels(roi_align: Callable[..., Tensor], nms: Callable[..., Tensor]) -> Iterator[None]:
-    """Inside, torchvision's poolers and batched_nms call these."""
-    from torchvision.ops import boxes, poolers
-
-    with mock.patch.object(poolers, "roi_align", roi_align), mock.patch.object(boxes, "nms", nms):
-        yield
-
-
-def our_kernels() -> contextlib.AbstractContextManager[None]:
-    return kernels(pvk.ops.roi_align, pvk.ops.nms)
-
-
 def detect(model: nn.Module, picture: Tensor) -> Detections:
     with torch.no_grad():
         return model([picture])[0]
-
-
-def detect_with_ours(model: nn.Module, picture: Tensor) -> Detections:
-    with our_kernels():
-        return detect(model, picture)
 
 
 def assert_spread(found: Detections, picture: Tensor) -> None:
@@ -167,13 +180,15 @@ def draw(stock: Detections, ours: Detections, picture: Tensor, path: Path) -> No
 
 
 def share_of_kernels(model: nn.Module, picture: Tensor) -> float:
-    """Part of a stock inference that is spent in roi_align and nms."""
-    from torchvision.ops import nms, roi_align
+    """Part of a stock inference that is spent in torchvision's roi_align and nms."""
+    from torchvision.ops import boxes, poolers
 
     synchronize = torch.cuda.synchronize if picture.is_cuda else lambda: None
     inside = 0.0
 
-    def watched(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def watched(module: Any, name: str) -> contextlib.AbstractContextManager:
+        function = getattr(module, name)
+
         def call(*args: Any, **kwargs: Any) -> Tensor:
             nonlocal inside
             synchronize()
@@ -183,40 +198,42 @@ def share_of_kernels(model: nn.Module, picture: Tensor) -> float:
             inside += time.perf_counter() - start
             return result
 
-        return call
+        return mock.patch.object(module, name, call)
 
     start = time.perf_counter()
-    with kernels(watched(roi_align), watched(nms)):
+    with watched(poolers, "roi_align"), watched(boxes, "nms"):
         detect(model, picture)
     synchronize()
     return inside / (time.perf_counter() - start)
 
 
-def run(device: str, folder: Path, seconds: float, **model_options: int) -> Outcome:
-    """Detects, compares, draws `detections.png` into the folder, then times.
+def run(name: str, device: str, folder: Path, seconds: float, **model_options: int) -> Outcome:
+    """Detects, compares, draws `detections-<name>.png` into the folder, then times.
 
     Args:
+        name: Of DETECTORS.
         seconds: Time box of the timed inferences; at least 3 of each are run.
         model_options: As for `calibrated_detector`.
     """
     picture = photograph().to(device)
-    model = calibrated_detector(picture, **model_options)
+    model = calibrated_detector(name, picture, **model_options)
+    converted = pvk.convert(copy.deepcopy(model))
     stock = detect(model, picture)
     assert_spread(stock, picture)
-    ours = detect_with_ours(model, picture)
+    ours = detect(converted, picture)
     worst_iou, worst_score = match(stock, ours)
-    draw(stock, ours, picture, folder / "detections.png")
+    draw(stock, ours, picture, folder / f"detections-{name}.png")
     share = share_of_kernels(model, picture)
     # A detector synchronises in its nms: the host's clock is the caller's time on every device.
     timing = pair.interleave(
-        lambda: detect_with_ours(model, picture), lambda: detect(model, picture), pair.host_clock(device), seconds
+        lambda: detect(converted, picture), lambda: detect(model, picture), pair.host_clock(device), seconds
     )
-    return Outcome(len(stock["boxes"]), worst_iou, worst_score, share, timing)
+    return Outcome(name, len(stock["boxes"]), worst_iou, worst_score, share, timing)
 
 
 def as_row(outcome: Outcome) -> dict[str, Any]:
     """The outcome as a row of the report."""
-    labels = {"op": "end_to_end", "case": "fasterrcnn_resnet50_fpn", "dtype": "float32", "layout": "contiguous"}
     found = asdict(outcome)
     timing = found.pop("timing")
+    labels = {"op": "end_to_end", "case": found.pop("name"), "dtype": "float32", "layout": "contiguous"}
     return {**labels, "direction": "forward", "mode": "eager", "provider": "torchvision", **timing, **found}

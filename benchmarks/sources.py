@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,11 +16,13 @@ def op_names() -> list[str]:
     return sorted(path.name for path in (ROOT / "csrc" / "ops").iterdir() if path.is_dir())
 
 
-# What only the CPU kernels are made of: a GPU's verification outlives a change of it.
-CPU_ONLY = {
-    "cpu.cpp",
-    *(f"{name}.h" for name in ("buffer", "dispatch", "isa", "memory", "parallel", "radix_sort", "simd", "transpose")),
-}
+# Of csrc/core, what only the CPU kernels are made of; in an op's folder their files begin with "cpu". A GPU's
+# verification outlives a change of them.
+CPU_ONLY = {f"{name}.h" for name in ("buffer", "dispatch", "isa", "memory", "parallel", "radix_sort", "transpose")}
+
+
+def is_cpu_only(path: Path) -> bool:
+    return path.name in CPU_ONLY or path.name.startswith(("cpu", "simd"))
 
 
 # Verified beside the ops: the wrappers of csrc/core, by the kernels of tests/simt.
@@ -30,8 +33,14 @@ def kernel_sources(op: str, device: str) -> list[Path]:
     """The op's own files and the headers that its kernels may include, on "cpu" or "cuda"."""
     folder = ROOT / "tests" / "simt" if op == CORE else ROOT / "csrc" / "ops" / op
     own = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    core = [path for path in (ROOT / "csrc" / "core").iterdir() if path.suffix in (".h", ".cuh")]
-    return sorted(path for path in own + core if device == "cpu" or path.name not in CPU_ONLY)
+    found = {path for path in (ROOT / "csrc" / "core").iterdir() if path.suffix in (".h", ".cuh")}
+    left = own
+    while left:  # headers of other ops too
+        path = left.pop()
+        if path not in found:
+            found.add(path)
+            left += [ROOT / "csrc" / name for name in re.findall(r'#include "(ops/[^"]+)"', path.read_text())]
+    return sorted(path for path in found if device == "cpu" or not is_cpu_only(path))
 
 
 def files_below(*folders: str) -> list[Path]:

@@ -1,11 +1,23 @@
 """Custom C++ and CUDA kernels for vision models, as drop-in PyTorch layers.
 
-`pvk.ops`: functions. `pvk.nn`: layers. `python -m pyvision_kernels info | verify` says what is built and whether it
-computes the right thing here.
+`pvk.convert(model)` replaces a model's layers by ours. `pvk.ops`: functions. `pvk.nn`: layers. `python -m
+pyvision_kernels info | verify` says what is built and whether it computes the right thing here.
 """
 
 from pyvision_kernels import nn, ops
 from pyvision_kernels._extension import build_info, cpu_capability
+from pyvision_kernels.convert import conversion_report, convert, revert
+from pyvision_kernels.override import override_torchvision
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "build_info", "cpu_capability", "nn", "ops"]
+__all__ = [
+    "__version__",
+    "build_info",
+    "conversion_report",
+    "convert",
+    "cpu_capability",
+    "nn",
+    "ops",
+    "override_torchvision",
+    "revert",
+]

@@ -1,0 +1,187 @@
+"""`convert`, `revert` and `conversion_report`: a model's layers replaced by ours, and back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+
+from pyvision_kernels.convert.table import TABLE, qualified_name, replacement_of, stock_of
+
+__all__ = ["LayerReport", "conversion_report", "convert", "revert"]
+
+Choice = str | type[nn.Module]  # a pattern of names, or the class of a layer
+
+# On the converted model: names of layers that `convert` was told to leave, and why.
+_LEFT = "_pvk_left"
+
+
+def convert(
+    model: nn.Module, *, include: Iterable[Choice] | None = None, exclude: Iterable[Choice] | None = None
+) -> nn.Module:
+    """Replaces the layers of a model that have a counterpart with our kernels, in place.
+
+    Replaced are torchvision's `RoIAlign`, `RoIPool`, `PSRoIAlign`, `PSRoIPool` and `MultiScaleRoIAlign`, and the calls
+    of NMS, IoU and losses within its Faster, Mask and Keypoint R-CNN, RetinaNet, FCOS and SSD. A layer is replaced by
+    a change of its class: parameters, buffers, state_dict keys, hooks, mode and device are the same objects as before,
+    and neither torchvision nor another model is touched. Only instances of a stock class itself are replaced, not of a
+    subclass. `conversion_report` says what was done, `revert` undoes it.
+
+    Args:
+        model (nn.Module): Any model; what has no counterpart stays as it is.
+        include (iterable of str or class): Only these layers: patterns of their names in ``model.named_modules()``
+            ("roi_heads.*", where * matches dots too), or stock classes. Default: all.
+        exclude (iterable of str or class): Not these, even where included. Default: none.
+
+    Returns:
+        nn.Module: ``model`` itself.
+
+    Raises:
+        TypeError: ``model`` is not a module, or a choice neither a string nor a class.
+        ValueError: a choice matches no layer of the model.
+
+    Note: a converted model computes what the stock one does, up to rounding. It cannot be scripted or exported to ONNX:
+        revert it first.
+    """
+    _require_module("convert", model)
+    chosen = _Chooser("include", model, include)
+    refused = _Chooser("exclude", model, exclude)
+    left: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if qualified_name(type(module)) not in TABLE:
+            continue
+        if refused.matches(name, module):
+            left[name] = "excluded"
+        elif include is not None and not chosen.matches(name, module):
+            left[name] = "not included"
+        else:
+            _change_class(module, replacement_of)
+    model.__dict__[_LEFT] = left
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Gives every layer of ours in a model its stock class back, in place; `convert` undone.
+
+    Args:
+        model (nn.Module): Any model.
+
+    Returns:
+        nn.Module: ``model`` itself.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    _require_module("revert", model)
+    for module in model.modules():
+        _change_class(module, stock_of)
+    model.__dict__.pop(_LEFT, None)
+    return model
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """A layer, or several of a class that have no counterpart.
+
+    Attributes:
+        name: In ``model.named_modules()``; empty for the model itself, or where ``count`` layers share the entry.
+        layer: The stock class.
+        replaced: Whether the layer runs our kernels.
+        reason: By what it was replaced, or why it was left.
+    """
+
+    name: str
+    layer: str
+    replaced: bool
+    reason: str
+    count: int = 1
+
+
+def conversion_report(model: nn.Module) -> list[LayerReport]:
+    """Prints which layers of a model run our kernels, which were left, and why.
+
+    Args:
+        model (nn.Module): Any model, converted or not.
+
+    Returns:
+        list[LayerReport]: what was printed: replaced layers first, then those that could be or were refused, then the
+        classes of layers that have no counterpart.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+
+    Note: calls of `torchvision.ops` in a model's own code are no layers; `override_torchvision` is for them.
+    """
+    _require_module("conversion_report", model)
+    entries = sorted(_entries(model), key=lambda entry: not entry.replaced)
+    table = Table(title=f"{type(model).__name__}: layers that run our kernels, and layers that do not")
+    for column in ("layer", "class", "kernels", "by, or why not"):
+        table.add_column(column)
+    for entry in entries:
+        name = entry.name or ("(the model)" if entry.count == 1 else f"{entry.count} layers")
+        table.add_row(*map(escape, (name, entry.layer, "ours" if entry.replaced else "stock", entry.reason)))
+    Console(width=None if Console().is_terminal else 140).print(table)
+    return entries
+
+
+def _entries(model: nn.Module) -> Iterator[LayerReport]:
+    left: dict[str, str] = model.__dict__.get(_LEFT, {})
+    others: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        cls = type(module)
+        stock = stock_of(cls)
+        if stock is not None:
+            yield LayerReport(name, stock.__name__, True, qualified_name(cls))
+        elif qualified_name(cls) in TABLE:
+            yield LayerReport(name, cls.__name__, False, left.get(name, "convert was not called, or not on this layer"))
+        elif ancestors := [base.__name__ for base in cls.__mro__[1:] if qualified_name(base) in TABLE]:
+            yield LayerReport(
+                name, cls.__name__, False, f"a subclass of {ancestors[0]}, which may override what would be replaced"
+            )
+        elif not any(True for _ in module.children()):
+            others[cls.__name__] += 1
+    for layer, count in others.most_common():
+        yield LayerReport("", layer, False, "no counterpart in pyvision_kernels", count)
+
+
+class _Chooser:
+    """Layers chosen by patterns of names and by classes."""
+
+    def __init__(self, argument: str, model: nn.Module, choices: Iterable[Choice] | None):
+        if isinstance(choices, str | type):
+            raise TypeError(f"convert: expected {argument} to be a list of names or classes, but got {choices!r}")
+        self.choices = list(choices or ())
+        for choice in self.choices:
+            if not isinstance(choice, str | type):
+                raise TypeError(
+                    f"convert: expected {argument} to hold names or classes, but got {type(choice).__name__}"
+                )
+            if not any(_fits(choice, name, module) for name, module in model.named_modules()):
+                shown = choice if isinstance(choice, str) else choice.__name__
+                raise ValueError(f"convert: expected {argument} to match layers of the model, but {shown} matches none")
+
+    def matches(self, name: str, module: nn.Module) -> bool:
+        return any(_fits(choice, name, module) for choice in self.choices)
+
+
+def _fits(choice: Choice, name: str, module: nn.Module) -> bool:
+    if isinstance(choice, str):
+        return fnmatchcase(name, choice)
+    return choice in (type(module), stock_of(type(module)))
+
+
+def _change_class(module: nn.Module, counterpart: Callable[[type], type[nn.Module] | None]) -> None:
+    cls = counterpart(type(module))
+    if cls is not None:
+        module.__class__ = cls
+
+
+def _require_module(function: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: expected model to be a torch.nn.Module, but got {type(model).__name__}")

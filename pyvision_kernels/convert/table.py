@@ -1,0 +1,51 @@
+"""Which stock class is replaced by which of ours; named by strings, for nothing is imported before it is met."""
+
+from __future__ import annotations
+
+import importlib
+
+from torch import nn
+
+_DETECTION = "torchvision.models.detection"
+_OURS = "pyvision_kernels.convert.detection"
+
+# Stock class -> ours, which an instance becomes by a change of its `__class__`: both have the same attributes.
+TABLE = {
+    "torchvision.ops.roi_align.RoIAlign": "pyvision_kernels.nn.RoIAlign",
+    "torchvision.ops.roi_pool.RoIPool": "pyvision_kernels.nn.RoIPool",
+    "torchvision.ops.ps_roi_align.PSRoIAlign": "pyvision_kernels.nn.PSRoIAlign",
+    "torchvision.ops.ps_roi_pool.PSRoIPool": "pyvision_kernels.nn.PSRoIPool",
+    "torchvision.ops.poolers.MultiScaleRoIAlign": "pyvision_kernels.nn.MultiScaleRoIAlign",
+    f"{_DETECTION}.rpn.RegionProposalNetwork": f"{_OURS}.RegionProposalNetwork",
+    f"{_DETECTION}.roi_heads.RoIHeads": f"{_OURS}.RoIHeads",
+    f"{_DETECTION}.retinanet.RetinaNet": f"{_OURS}.RetinaNet",
+    f"{_DETECTION}.retinanet.RetinaNetClassificationHead": f"{_OURS}.RetinaNetClassificationHead",
+    f"{_DETECTION}.retinanet.RetinaNetRegressionHead": f"{_OURS}.RetinaNetRegressionHead",
+    f"{_DETECTION}.fcos.FCOS": f"{_OURS}.FCOS",
+    f"{_DETECTION}.fcos.FCOSHead": f"{_OURS}.FCOSHead",
+    f"{_DETECTION}.ssd.SSD": f"{_OURS}.SSD",
+}
+
+
+def qualified_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def load(name: str) -> type[nn.Module]:
+    """The class of a qualified name."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def replacement_of(cls: type) -> type[nn.Module] | None:
+    """Ours for a stock class; a subclass of one has none, since it may override what would be replaced."""
+    name = TABLE.get(qualified_name(cls))
+    return load(name) if name else None
+
+
+def stock_of(cls: type) -> type[nn.Module] | None:
+    """The stock class that one of ours replaces."""
+    for stock, ours in TABLE.items():
+        if cls.__module__.startswith("pyvision_kernels.") and ours.rpartition(".")[2] == cls.__name__:
+            return load(stock) if load(ours) is cls else None
+    return None

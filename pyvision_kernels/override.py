@@ -1,0 +1,88 @@
+"""`override_torchvision`: torchvision's operators run our kernels, at the dispatcher, within a block."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyvision_kernels._op import REGISTRY
+
+
+@contextmanager
+def override_torchvision() -> Iterator[Counter[str]]:
+    """Within the block, torchvision's own operators run our kernels.
+
+    For code that calls `torchvision.ops` itself; where layers can be replaced, :func:`convert` is the better way. The
+    operators `nms`, `roi_align`, `roi_pool`, `ps_roi_align`, `ps_roi_pool` and their gradients are replaced for CPU
+    and CUDA tensors, in the whole process, other threads too; on exit torchvision's kernels are back, also after an
+    exception. A gradient is computed by whoever is in force when `backward` runs.
+
+    Yields:
+        Counter[str]: how often each operator ran our kernel so far ("nms", "_roi_align_backward"), by its name.
+
+    Raises:
+        ImportError: torchvision is not installed.
+        RuntimeError: within the block: our kernels are not built for the device of a call, or refuse its input.
+    """
+    try:
+        import torchvision
+    except ImportError as error:
+        raise ImportError("override_torchvision: expected torchvision to be installed") from error
+    assert torchvision.extension._has_ops()
+    calls: Counter[str] = Counter()
+    library = torch.library.Library("torchvision", "IMPL")
+    try:
+        for name, kernel in _KERNELS.items():
+            for key in ("CPU", "CUDA"):
+                library.impl(name, _counted(name, kernel, calls), key)
+        yield calls
+    finally:
+        library._destroy()
+
+
+def _counted(name: str, kernel: Callable[..., Any], calls: Counter[str]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        calls[name] += 1
+        return kernel(*args)
+
+    return call
+
+
+def _ours(name: str, *args: Any) -> Any:
+    return REGISTRY[name].overload(*args)
+
+
+# torchvision's outputs are contiguous, as those who trace its operators expect; ours keep channels_last.
+
+
+def _roi_align(input: Tensor, rois: Tensor, *rest: Any) -> Tensor:
+    return _ours("roi_align", input, rois, *rest).contiguous()
+
+
+def _roi_align_backward(
+    grad: Tensor,
+    rois: Tensor,
+    spatial_scale: float,
+    pooled_height: int,
+    pooled_width: int,
+    batch_size: int,
+    channels: int,
+    height: int,
+    width: int,
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    size = (batch_size, channels, height, width)
+    return _ours("_roi_align_backward", grad, rois, spatial_scale, *size, sampling_ratio, aligned, False)
+
+
+_KERNELS: dict[str, Callable[..., Any]] = {
+    "nms": lambda boxes, scores, iou_threshold: _ours("nms", boxes, scores, iou_threshold),
+    "roi_align": _roi_align,
+    "_roi_align_backward": _roi_align_backward,
+}

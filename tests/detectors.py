@@ -1,0 +1,122 @@
+"""torchvision's detectors over a tiny backbone, with seeded weights, and pictures and targets for them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import nn
+from torchvision.models import detection
+from torchvision.models.detection import retinanet, rpn, ssd
+from torchvision.ops import MultiScaleRoIAlign
+
+CHANNELS, LEVELS = 32, 3  # group norms want 32 channels
+
+
+class Pyramid(nn.Module):
+    """Maps of 1/4, 1/8 and 1/16 of the picture."""
+
+    out_channels = CHANNELS
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, CHANNELS, 4, 4)
+        self.down = nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS, 3, 2, 1) for _ in range(LEVELS - 1))
+
+    def forward(self, pictures):
+        maps = [self.stem(pictures)]
+        for layer in self.down:
+            maps.append(layer(maps[-1].relu()))
+        return OrderedDict((str(level), map) for level, map in enumerate(maps))
+
+
+def _rcnn(kind, **heads):
+    anchors = rpn.AnchorGenerator(((8,), (16,), (32,)), ((0.5, 1.0, 2.0),) * LEVELS)
+    pooler = MultiScaleRoIAlign(["0", "1", "2"], 7, 2)
+    options = {"rpn_post_nms_top_n_test": 60, "rpn_post_nms_top_n_train": 60, "box_score_thresh": 0.01}
+    return kind(Pyramid(), 4, 64, 96, rpn_anchor_generator=anchors, box_roi_pool=pooler, **options, **heads)
+
+
+def _mask_rcnn():
+    return _rcnn(detection.MaskRCNN, mask_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], 14, 2))
+
+
+def _keypoint_rcnn():
+    pooler = MultiScaleRoIAlign(["0", "1", "2"], 14, 2)
+    return _rcnn(detection.KeypointRCNN, keypoint_roi_pool=pooler, num_keypoints=5)
+
+
+def _retinanet(loss="l1"):
+    anchors = rpn.AnchorGenerator(((8,), (16,), (32,)), ((0.5, 1.0, 2.0),) * LEVELS)
+    model = retinanet.RetinaNet(Pyramid(), 4, 64, 96, anchor_generator=anchors, score_thresh=0.005)
+    model.head.regression_head._loss_type = loss
+    return model
+
+
+def _fcos():
+    anchors = rpn.AnchorGenerator(((8,), (16,), (32,)), ((1.0,),) * LEVELS)
+    return detection.FCOS(Pyramid(), 4, 64, 96, anchor_generator=anchors, score_thresh=0.001)
+
+
+def _ssd():
+    anchors = ssd.DefaultBoxGenerator([[2]] * LEVELS, scales=[0.1, 0.3, 0.6, 0.9], steps=[4, 8, 16])
+    return ssd.SSD(Pyramid(), anchors, (64, 64), 4, head=ssd.SSDHead([CHANNELS] * LEVELS, [4] * LEVELS, 4))
+
+
+DETECTORS = {
+    "faster_rcnn": lambda: _rcnn(detection.FasterRCNN),
+    "mask_rcnn": _mask_rcnn,
+    "keypoint_rcnn": _keypoint_rcnn,
+    "retinanet": _retinanet,
+    "retinanet_giou": lambda: _retinanet("giou"),
+    "fcos": _fcos,
+    "ssd": _ssd,
+}
+
+
+def make(name: str, device: str = "cpu") -> nn.Module:
+    """The detector in eval mode; its predictors spread out, so that boxes and scores differ."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = DETECTORS[name]()
+        for key, weight in model.named_parameters():
+            if weight.dim() > 1:
+                deep = "backbone" not in key
+                nn.init.normal_(weight, std=(2.0 if deep else 1.0) / weight[0].numel() ** 0.5)
+    return model.to(device).eval()
+
+
+def pictures(device: str = "cpu") -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.rand(3, *size, generator=generator).to(device) for size in ((64, 80), (70, 66))]
+
+
+def targets(device: str = "cpu") -> list[dict[str, torch.Tensor]]:
+    result = []
+    for picture in pictures():
+        height, width = picture.shape[1:]
+        boxes = torch.tensor([[4.0, 6, 30, 40], [20, 10, 60, 58], [34, 30, 50, 44]])
+        masks = torch.zeros(3, height, width, dtype=torch.uint8)
+        for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
+            mask[y1:y2, x1:x2] = 1
+        spots = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2 + torch.arange(5.0)[:, None]
+        found = {
+            "boxes": boxes,
+            "labels": torch.tensor([1, 2, 3]),
+            "masks": masks,
+            "keypoints": torch.cat([spots, torch.ones(3, 5, 1)], -1),
+        }
+        result.append({name: value.to(device) for name, value in found.items()})
+    return result
+
+
+def assert_same(ours: list[dict[str, torch.Tensor]], stock: list[dict[str, torch.Tensor]]) -> None:
+    """Of every picture the same detections; those of almost equal scores in any order."""
+    for one, other in zip(ours, stock, strict=True):
+        assert one.keys() == other.keys()
+        assert len(one["boxes"]) == len(other["boxes"])
+        apart = (one["boxes"][:, None] - other["boxes"]).abs().amax(-1) + (one["labels"][:, None] != other["labels"])
+        partner = apart.argmin(1)
+        assert len(partner.unique()) == len(partner)
+        for key in one:
+            torch.testing.assert_close(one[key], other[key][partner], rtol=1e-4, atol=1e-3)
