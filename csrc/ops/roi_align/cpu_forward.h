@@ -46,25 +46,31 @@ void order_rois(const RoiAlignParams& p, const Roi<T>* rois, Buffer<int64_t>& or
 template <int Vecs, typename elem_t, typename T>
 PVK_INLINE void pool_bin(const elem_t* map, const RoiTaps<T>& taps, int64_t ph, int64_t pw, int64_t row_stride,
                          int64_t column_stride, Vec<T>* sum) {
+  const AxisTap<T>* const columns = taps.x.taps + taps.x.begin[pw];
+  const int64_t num_columns = taps.x.begin[pw + 1] - taps.x.begin[pw];
 #pragma GCC unroll 4
   for (int v = 0; v < Vecs; ++v) sum[v] = Vec<T>{};
   for (int64_t i = taps.y.begin[ph]; i < taps.y.begin[ph + 1]; ++i) {
     const elem_t* row = map + taps.y.taps[i].pixel * row_stride;
-    const T row_weight = taps.y.taps[i].weight;
-    for (int64_t j = taps.x.begin[pw]; j < taps.x.begin[pw + 1]; ++j) {
-      const Vec<T> weight = splat(row_weight * taps.x.taps[j].weight);
-      const elem_t* pixel = row + taps.x.taps[j].pixel * column_stride;
+    Vec<T> in_row[Vecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < Vecs; ++v) in_row[v] = Vec<T>{};
+    for (int64_t j = 0; j < num_columns; ++j) {
+      const Vec<T> weight = splat(columns[j].weight);
+      const elem_t* pixel = row + columns[j].pixel * column_stride;
       Vec<T> value[Vecs];
       if constexpr (Vecs % 2 == 0) {
 #pragma GCC unroll 2
         for (int v = 0; v < Vecs; v += 2) load_pair<elem_t, T>(pixel + v * kLanes<T>, value[v], value[v + 1]);
       } else {
-#pragma GCC unroll 3
         for (int v = 0; v < Vecs; ++v) value[v] = load(pixel + v * kLanes<T>);
       }
 #pragma GCC unroll 4
-      for (int v = 0; v < Vecs; ++v) sum[v] = fma(value[v], weight, sum[v]);
+      for (int v = 0; v < Vecs; ++v) in_row[v] = fma(value[v], weight, in_row[v]);
     }
+    const Vec<T> weight = splat(taps.y.taps[i].weight);
+#pragma GCC unroll 4
+    for (int v = 0; v < Vecs; ++v) sum[v] = fma(in_row[v], weight, sum[v]);
   }
 }
 
@@ -108,21 +114,27 @@ void forward_in_place(const RoiAlignParams& p, const Level& level, const Roi<T>*
   });
 }
 
+// ---- any strides: maps are packed pixel-major, a few channels at a time, where RoIs touch them ----
+
+constexpr int kPackedVecs = 128 / kRegisterBytes;  // two cache lines a pixel: what RoIs share stays in the cache
+template <typename T>
+constexpr int64_t kPackedWidth = kPackedVecs * kLanes<T>;
+
 // One RoI of `lanes` packed channels, through a lane-major tile of bins, into an output of either layout.
-template <int Vecs, typename scalar_t, typename T>
+template <typename scalar_t, typename T>
 void pool_packed(const RoiAlignParams& p, const Level& level, const T* packed, const RoiTaps<T>& taps, T* tile,
                  int64_t lanes, scalar_t* out) {
-  constexpr int64_t kWidth = Vecs * kLanes<T>;
+  constexpr int64_t kWidth = kPackedWidth<T>;
   const int64_t rows = max_of(kTileItems / p.PW, int64_t(1));
   for (int64_t ph = 0; ph < p.PH; ph += rows) {
     const int64_t stop = min_of(ph + rows, p.PH);
     T* bin = tile;
     for (int64_t r = ph; r < stop; ++r) {
       for (int64_t pw = 0; pw < p.PW; ++pw, bin += kWidth) {
-        Vec<T> sum[Vecs];
-        pool_bin<Vecs>(packed, taps, r, pw, level.W * kWidth, kWidth, sum);
+        Vec<T> sum[kPackedVecs];
+        pool_bin<kPackedVecs>(packed, taps, r, pw, level.W * kWidth, kWidth, sum);
 #pragma GCC unroll 4
-        for (int v = 0; v < Vecs; ++v) store(bin + v * kLanes<T>, sum[v]);
+        for (int v = 0; v < kPackedVecs; ++v) store(bin + v * kLanes<T>, sum[v]);
       }
     }
     store_tile(out + ph * p.pooled_stride[2], tile, kWidth, p.pooled_stride[1], p.pooled_stride[3], lanes,
@@ -130,32 +142,10 @@ void pool_packed(const RoiAlignParams& p, const Level& level, const T* packed, c
   }
 }
 
-// Marks the pixels of a map that its RoIs touch.
-template <typename T>
-void mark_touched(const RoiAlignParams& p, const Level& level, const TapTable<T>& table, const int64_t* order,
-                  int64_t count, uint8_t* touched) {
-  parallel_for(level.H, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * level.W; i < end * level.W; ++i) touched[i] = 0;
-  });
-  parallel_for(count, 32, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const RoiTaps<T> taps = table.at(order[i]);
-      int64_t last_row = -1;
-      for (int64_t a = 0; a < taps.y.begin[p.PH]; ++a) {
-        if (taps.y.taps[a].pixel == last_row) continue;
-        last_row = taps.y.taps[a].pixel;
-        uint8_t* row = touched + last_row * level.W;  // which other threads may mark too
-        for (int64_t b = 0; b < taps.x.begin[p.PW]; ++b)
-          __atomic_store_n(row + taps.x.taps[b].pixel, uint8_t(1), __ATOMIC_RELAXED);
-      }
-    }
-  });
-}
-
-// Copies the touched pixels of a row, and some between them, so that whole squares can be transposed.
+// Copies the touched pixels of a row, and some beside them, so that whole squares can be transposed.
 template <typename scalar_t, typename T>
 void pack_row(const Level& level, const uint8_t* touched, const scalar_t* source, int64_t channel_stride, int64_t lanes,
-              T* packed, int64_t pitch) {
+              T* packed) {
   constexpr int64_t kSide = kLanes<T>;
   const int64_t W = level.W;
   int64_t x = 0;
@@ -168,61 +158,116 @@ void pack_row(const Level& level, const uint8_t* touched, const scalar_t* source
     do x += kSide;
     while (x < W && touched[x]);
     const int64_t last = min_of(x, W);
-    load_tile(packed + first * pitch, pitch, source + first * level.stride[3], channel_stride, level.stride[3], lanes,
-              last - first);
+    load_tile(packed + first * kPackedWidth<T>, kPackedWidth<T>, source + first * level.stride[3], channel_stride,
+              level.stride[3], lanes, last - first);
   }
 }
 
-// Any strides: a block of channels at a time is copied, pixel-major, where RoIs touch the map; both threads and
-// scratch then serve the RoIs of the image from that copy. One block per two threads is in flight.
-template <typename scalar_t, typename T>
-void forward_packed(const RoiAlignParams& p, const Level& level, int64_t image, const TapTable<T>& table,
-                    const int64_t* order, int64_t count, Buffer<T>& scratch, Buffer<uint8_t>& touched) {
-  constexpr int64_t kWidth = kMaxVecs * kLanes<T>;
-  const int64_t H = level.H, W = level.W;
-  const scalar_t* map = static_cast<const scalar_t*>(level.map) + image * level.stride[0];
-  scalar_t* pooled = static_cast<scalar_t*>(p.pooled);
-  const int64_t blocks = ceil_div(p.C, kWidth);
-  const int64_t wave = min_of(blocks, ceil_div(thread_count(), int64_t(2)));
-  const auto lanes_of = [&](int64_t block) { return min_of(kWidth, p.C - block * kWidth); };
-  const auto pitch_of = [&](int64_t block) { return ceil_div(lanes_of(block), int64_t(kLanes<T>)) * kLanes<T>; };
-  touched.reserve(H * W);
-  mark_touched(p, level, table, order, count, touched.data());
-  scratch.reserve(wave * H * W * kWidth);
+// One image of one level, which channel blocks and runs of its RoIs serve: tasks [first_task, first_task + ...).
+struct PackedMap {
+  const Level* level;
+  int64_t image;
+  const int64_t* rois;  // by place
+  int64_t count;
+  uint8_t* touched;  // [H, W]: whether some RoI touches the pixel
+  int64_t first_task;
+};
 
-  for (int64_t first = 0; first < blocks; first += wave) {
-    const int64_t in_wave = min_of(wave, blocks - first);
-    const auto packed_of = [&](int64_t block) { return scratch.data() + (block - first) * H * W * kWidth; };
-    parallel_for(in_wave * H, 4, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t block = first + i / H, row = i % H, pitch = pitch_of(block);
-        pack_row(level, touched.data() + row * W, map + block * kWidth * level.stride[1] + row * level.stride[2],
-                 level.stride[1], lanes_of(block), packed_of(block) + row * W * pitch, pitch);
-      }
-    });
-    parallel_for(in_wave * count, 8, [&](int64_t begin, int64_t end) {
-      Buffer<T> tile(max_of(kTileItems, p.PW) * kWidth);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t block = first + i / count, k = order[i % count];
-        const RoiTaps<T> taps = table.at(k);
-        scalar_t* out = pooled + k * p.pooled_stride[0] + block * kWidth * p.pooled_stride[1];
-        const T* packed = packed_of(block);
-        switch (pitch_of(block) / kLanes<T>) {
-          case 1:
-            pool_packed<1>(p, level, packed, taps, tile.data(), lanes_of(block), out);
-            break;
-          case 2:
-            pool_packed<2>(p, level, packed, taps, tile.data(), lanes_of(block), out);
-            break;
-          case 3:
-            pool_packed<3>(p, level, packed, taps, tile.data(), lanes_of(block), out);
-            break;
-          default:
-            pool_packed<4>(p, level, packed, taps, tile.data(), lanes_of(block), out);
-        }
-      }
+// Marks the pixels that a RoI touches; other threads may mark the same.
+template <typename T>
+void mark_touched(const RoiAlignParams& p, const RoiTaps<T>& taps, int64_t W, uint8_t* touched) {
+  int64_t last_row = -1;
+  for (int64_t a = 0; a < taps.y.begin[p.PH]; ++a) {
+    if (taps.y.taps[a].pixel == last_row) continue;
+    last_row = taps.y.taps[a].pixel;
+    uint8_t* row = touched + last_row * W;
+    for (int64_t b = 0; b < taps.x.begin[p.PW]; ++b)
+      __atomic_store_n(row + taps.x.taps[b].pixel, uint8_t(1), __ATOMIC_RELAXED);
+  }
+}
+
+// What a thread needs for its tasks.
+template <typename T>
+struct PackedScratch {
+  Buffer<T> packed, tile;
+  Buffer<uint8_t> has_row;
+};
+
+// A block of channels for a run of RoIs in the order of their place: a row is packed when a RoI first needs it, and is
+// likely to be in the cache still when the next one does.
+template <typename scalar_t, typename T>
+void forward_run(const RoiAlignParams& p, const TapTable<T>& table, const PackedMap& map, int64_t channel,
+                 int64_t begin, int64_t end, PackedScratch<T>& scratch) {
+  constexpr int64_t kWidth = kPackedWidth<T>;
+  const Level& level = *map.level;
+  const int64_t lanes = min_of(kWidth, p.C - channel);
+  const scalar_t* source =
+      static_cast<const scalar_t*>(level.map) + map.image * level.stride[0] + channel * level.stride[1];
+  scratch.packed.reserve(level.H * level.W * kWidth);
+  scratch.tile.reserve(max_of(kTileItems, p.PW) * kWidth);
+  scratch.has_row.reserve(level.H);
+  for (int64_t row = 0; row < level.H; ++row) scratch.has_row[row] = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t k = map.rois[i];
+    const RoiTaps<T> taps = table.at(k);
+    for (int64_t a = 0; a < taps.y.begin[p.PH]; ++a) {
+      const int64_t row = taps.y.taps[a].pixel;
+      if (scratch.has_row[row]) continue;
+      scratch.has_row[row] = 1;
+      pack_row(level, map.touched + row * level.W, source + row * level.stride[2], level.stride[1], lanes,
+               scratch.packed.data() + row * level.W * kWidth);
+    }
+    scalar_t* out = static_cast<scalar_t*>(p.pooled) + k * p.pooled_stride[0] + channel * p.pooled_stride[1];
+    pool_packed(p, level, scratch.packed.data(), taps, scratch.tile.data(), lanes, out);
+  }
+}
+
+// Any strides. `maps` are those with RoIs.
+template <typename scalar_t, typename T>
+void forward_packed(const RoiAlignParams& p, const TapTable<T>& table, PackedMap* maps, int64_t num_maps) {
+  constexpr int64_t kWidth = kPackedWidth<T>;
+  constexpr int64_t kLeastRun = 16;  // RoIs, to share what is packed
+  const int64_t blocks = ceil_div(p.C, kWidth), threads = thread_count();
+  int64_t pixels = 0, rois = 0;
+  for (int64_t m = 0; m < num_maps; ++m) {
+    pixels += maps[m].level->H * maps[m].level->W;
+    rois += maps[m].count;
+  }
+  const int64_t run = max_of(ceil_div(rois * blocks, 4 * threads), kLeastRun);
+  Buffer<uint8_t> touched(pixels);
+  int64_t tasks = 0;
+  uint8_t* free = touched.data();
+  for (int64_t m = 0; m < num_maps; ++m) {
+    maps[m].touched = free;
+    maps[m].first_task = tasks;
+    free += maps[m].level->H * maps[m].level->W;
+    tasks += blocks * ceil_div(maps[m].count, run);
+  }
+  parallel_for(pixels, 1 << 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) touched[i] = 0;
+  });
+  for (int64_t m = 0; m < num_maps; ++m) {
+    const PackedMap& map = maps[m];
+    parallel_for(map.count, 32, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) mark_touched(p, table.at(map.rois[i]), map.level->W, map.touched);
     });
   }
+  int64_t next = 0;
+  parallel_for(min_of(tasks, threads), 1, [&](int64_t, int64_t) {
+    PackedScratch<T> scratch;
+    for (;;) {
+      const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (task >= tasks) return;
+      int64_t m = 0;
+      for (int64_t last = num_maps; last - m > 1;) {
+        const int64_t middle = (m + last) / 2;
+        (maps[middle].first_task <= task ? m : last) = middle;
+      }
+      const int64_t in_map = task - maps[m].first_task, begin = in_map / blocks * run;
+      forward_run<scalar_t>(p, table, maps[m], in_map % blocks * kWidth, begin, min_of(begin + run, maps[m].count),
+                            scratch);
+    }
+  });
 }
 
 template <typename scalar_t, typename box_t>
@@ -240,13 +285,9 @@ void forward_typed(const RoiAlignParams& p) {
     for (int64_t j = 0; j < size; ++j) out[j] = from_float<scalar_t>(opmath_t<scalar_t>(0));
   }
   const auto in_place = [&](const Level& level) { return p.channels_last && level.stride[1] == 1 && p.C >= kLanes<T>; };
-  bool packs = false;
-  for (int64_t l = 0; l < p.num_levels; ++l) packs |= !in_place(p.levels[l]);
-  TapTable<T> table;
-  if (packs) table.build(p, rois.data());
-  Buffer<T> scratch;
-  Buffer<uint8_t> touched;
-  for (int64_t l = 0; l < p.num_levels; ++l) {
+  Buffer<PackedMap> maps(groups);
+  int64_t num_maps = 0;
+  for (int l = 0; l < p.num_levels; ++l) {
     const Level& level = p.levels[l];
     const int64_t* begin = starts.data() + l * p.N;
     if (in_place(level)) {
@@ -255,9 +296,13 @@ void forward_typed(const RoiAlignParams& p) {
     }
     for (int64_t n = 0; n < p.N; ++n) {
       const int64_t count = begin[n + 1] - begin[n];
-      if (count > 0) forward_packed<scalar_t>(p, level, n, table, order.data() + begin[n], count, scratch, touched);
+      if (count > 0) maps[num_maps++] = {&level, n, order.data() + begin[n], count, nullptr, 0};
     }
   }
+  if (num_maps == 0) return;
+  TapTable<T> table;
+  table.build(p, rois.data());
+  forward_packed<scalar_t>(p, table, maps.data(), num_maps);
 }
 
 }  // namespace
