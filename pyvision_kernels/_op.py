@@ -7,8 +7,9 @@ nothing is tracing, the call is dispatched below autograd.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NoReturn
 
 import torch
@@ -36,6 +37,10 @@ class Contract:
     def name(self) -> str:
         return self.schema.split("(", 1)[0]
 
+    @property
+    def returns_list(self) -> bool:
+        return self.schema.endswith("-> Tensor[]")
+
 
 class Op:
     """The operator `torch.ops.pvk.<name>`, called with its schema's positional arguments."""
@@ -50,7 +55,9 @@ class Op:
         if torch.compiler.is_compiling():
             return self.overload(*args)
         if self.function is not None and torch._C._functorch.maybe_current_level() is not None:
-            return self.function.apply(*args)
+            layout, leaves = _flatten(args)
+            result = self.function.apply(layout, *leaves)
+            return list(result) if self.contract.returns_list else result
         if forward_ad._current_level >= 0:
             _refuse_tangents(self.name, args)
         if _needs_autograd(args):
@@ -63,17 +70,37 @@ def _needs_autograd(args: tuple[Any, ...]) -> bool:
     """Whether someone above the kernels wants to see this call: autograd, tracing, a tensor subclass."""
     grad = torch.is_grad_enabled()
     for arg in args:
-        if isinstance(arg, torch.Tensor) and (
-            (grad and arg.requires_grad) or (type(arg) is not torch.Tensor and type(arg) is not torch.nn.Parameter)
-        ):
-            return True
+        if isinstance(arg, torch.Tensor):
+            if _is_watched(arg, grad):
+                return True
+        elif type(arg) is list:
+            for item in arg:
+                if isinstance(item, torch.Tensor) and _is_watched(item, grad):
+                    return True
     return torch._C._get_tracing_state() is not None
+
+
+def _is_watched(tensor: torch.Tensor, grad: bool) -> bool:
+    kind = type(tensor)
+    return (grad and tensor.requires_grad) or (kind is not torch.Tensor and kind is not torch.nn.Parameter)
 
 
 def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
     # The dispatcher would drop them without a word.
-    if any(isinstance(arg, torch.Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args):
-        raise NotImplementedError(f"{name}: expected inputs without tangents (forward-mode AD is not supported)")
+    for arg in _flatten(args)[1]:
+        if isinstance(arg, torch.Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+            raise NotImplementedError(f"{name}: expected inputs without tangents (forward-mode AD is not supported)")
+
+
+def _flatten(args: tuple[Any, ...]) -> tuple[tuple[int | None, ...], list[Any]]:
+    """Arguments with their lists replaced by the elements, and the lengths of the lists (None: not a list)."""
+    layout = tuple(len(arg) if isinstance(arg, list) else None for arg in args)
+    return layout, [item for arg in args for item in (arg if isinstance(arg, list) else (arg,))]
+
+
+def _unflatten(layout: tuple[int | None, ...], leaves: Iterable[Any]) -> tuple[Any, ...]:
+    remaining = iter(leaves)
+    return tuple(next(remaining) if length is None else list(islice(remaining, length)) for length in layout)
 
 
 def declare(
@@ -126,14 +153,32 @@ def _function(
     """The op for functorch: what `register_autograd` makes does not compose with torch.func.grad."""
 
     class Function(torch.autograd.Function):
+        # A Function sees no tensor in a list: it gets the elements, and the lengths of the lists.
         @staticmethod
-        def forward(*args: Any) -> Any:
-            return op(*args)
+        def forward(layout: tuple[int | None, ...], *leaves: Any) -> Any:
+            result = op(*_unflatten(layout, leaves))
+            return tuple(result) if op.contract.returns_list else result
 
-        setup_context = staticmethod(setup)
-        backward = staticmethod(gradient)
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.layout, *leaves = inputs
+            setup(ctx, _unflatten(ctx.layout, leaves), output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            grad_args = gradient(ctx, list(grads)) if op.contract.returns_list else gradient(ctx, *grads)
+            grad_args = grad_args if isinstance(grad_args, tuple) else (grad_args,)
+            whole = zip(grad_args, ctx.layout, strict=True)
+            return None, *_flatten(
+                tuple([None] * length if grad is None and length else grad for grad, length in whole)
+            )[1]
+
         if batch is not None:
-            vmap = staticmethod(batch)
+
+            @staticmethod
+            def vmap(info: Any, in_dims: tuple[Any, ...], layout: tuple[int | None, ...], *leaves: Any) -> Any:
+                result, dims = batch(info, _unflatten(layout, in_dims[1:]), *_unflatten(layout, leaves))
+                return (tuple(result), tuple(dims)) if op.contract.returns_list else (result, dims)
 
     return Function
 

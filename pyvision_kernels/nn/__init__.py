@@ -1,5 +1,22 @@
 """Drop-in layers: same constructor and state_dict as the layer replaced."""
 
+from typing import TYPE_CHECKING, Any
+
 from pyvision_kernels.nn.roi_align import RoIAlign
 
-__all__ = ["RoIAlign"]
+if TYPE_CHECKING:
+    from pyvision_kernels.nn.multiscale_roi_align import MultiScaleRoIAlign
+
+__all__ = ["MultiScaleRoIAlign", "RoIAlign"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MultiScaleRoIAlign":  # only when asked for: it imports torchvision, where that is installed
+        from pyvision_kernels.nn.multiscale_roi_align import MultiScaleRoIAlign
+
+        return MultiScaleRoIAlign
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,6 @@
 """Functional ops. One folder an op."""
 
 from pyvision_kernels.ops.nms import nms
-from pyvision_kernels.ops.roi_align import roi_align
+from pyvision_kernels.ops.roi_align import multiscale_roi_align, roi_align
 
-__all__ = ["nms", "roi_align"]
+__all__ = ["multiscale_roi_align", "nms", "roi_align"]

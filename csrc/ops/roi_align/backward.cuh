@@ -99,17 +99,22 @@ PVK_DEVICE int build_line(const RoiAxis<T>& axis, int64_t bins, int64_t pixel, i
   return int(ceil_div(end - begin, int64_t(kLineBins)));
 }
 
-// What a block owns: pixels [y, y + ROWS) x [x, x + COLUMNS) and channels from c on of one image.
+// What a block owns: pixels [y, y + ROWS) x [x, x + COLUMNS) and channels from c on of one image and level.
 struct Tile {
+  int level;
   int64_t image, y, x, c;
 };
 
-// Tiles are numbered channel chunk first, so that neighbours share what they read of the boxes.
-PVK_DEVICE Tile find_tile(const RoiAlignParams& p, int rows, int columns, int64_t channels) {
-  const int64_t chunks = ceil_div(p.C, channels), across = ceil_div(p.W, int64_t(columns));
-  const int64_t down = ceil_div(p.H, int64_t(rows));
-  int64_t index = blockIdx.x;
+// Tiles are numbered level after level, and in each channel chunk first, so that neighbours share what they read of
+// the boxes.
+PVK_DEVICE Tile find_tile(const RoiAlignParams& p, const BackwardPlan& plan, int rows, int columns, int64_t channels) {
   Tile tile;
+  tile.level = 0;
+  while (tile.level + 1 < p.num_levels && blockIdx.x >= plan.first_tile[tile.level + 1]) ++tile.level;
+  const Level& level = p.levels[tile.level];
+  const int64_t chunks = ceil_div(p.C, channels), across = ceil_div(level.W, int64_t(columns));
+  const int64_t down = ceil_div(level.H, int64_t(rows));
+  int64_t index = blockIdx.x - plan.first_tile[tile.level];
   tile.c = index % chunks * channels;
   index /= chunks;
   tile.x = index % across * columns;
@@ -130,13 +135,15 @@ PVK_DEVICE void for_each_roi(const RoiAlignParams& p, const Tile& tile, const Ad
   SIMT_SHARED(int[kWarps], warp_hits);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const bool adaptive = p.sampling_ratio <= 0;
+  const int64_t H = p.levels[tile.level].H, W = p.levels[tile.level].W;
 
   for (int64_t k0 = 0; k0 < p.K; k0 += kBlockThreads) {
     bool hit = false;
     if (k0 + threadIdx.x < p.K) {
       const Roi<T> roi = load_roi<T>(p, k0 + threadIdx.x);
-      hit = roi.image == tile.image && may_touch(roi.y, p.PH, p.H, tile.y, tile.y + ROWS - 1) &&
-            may_touch(roi.x, p.PW, p.W, tile.x, tile.x + COLUMNS - 1);
+      hit = roi.image == tile.image && roi.level == tile.level &&
+            may_touch(roi.y, p.PH, H, tile.y, tile.y + ROWS - 1) &&
+            may_touch(roi.x, p.PW, W, tile.x, tile.x + COLUMNS - 1);
     }
     const unsigned mask = ballot(hit);
     if (lane == 0) warp_hits[warp] = __popc(mask);
@@ -164,9 +171,9 @@ PVK_DEVICE void for_each_roi(const RoiAlignParams& p, const Tile& tile, const Ad
             int windows = 0;
             if (is_column ? i < COLUMNS : i < ROWS) {
               const RoiAxis<T> axis = is_column ? roi.x : roi.y;
-              windows = build_line(axis, is_column ? p.PW : p.PH, (is_column ? tile.x : tile.y) + i,
-                                   is_column ? p.W : p.H, adaptive, p.pooled_stride[is_column ? 3 : 2],
-                                   is_column ? T(1) : roi.inverse_count, is_column ? column_window : row_window,
+              windows = build_line(axis, is_column ? p.PW : p.PH, (is_column ? tile.x : tile.y) + i, is_column ? W : H,
+                                   adaptive, p.pooled_stride[is_column ? 3 : 2], is_column ? T(1) : roi.inverse_count,
+                                   is_column ? column_window : row_window,
                                    is_column ? lines[warp].column[i] : lines[warp].row[i]);
             }
             const unsigned row_windows = reduce_max(is_column ? 0 : windows);
@@ -195,11 +202,12 @@ PVK_DEVICE void for_each_roi(const RoiAlignParams& p, const Tile& tile, const Ad
 // VEC > 1. All control flow is uniform in the warp; a step loads up to 2 x 2 bins at once.
 template <typename scalar_t, int VEC, int COLUMNS>
 __global__ void __launch_bounds__(kBlockThreads, sizeof(scalar_t) == 8 ? 1 : 2)
-    roi_align_backward_channels_kernel(const __grid_constant__ RoiAlignParams p, bool vector_store) {
+    roi_align_backward_channels_kernel(const __grid_constant__ RoiAlignParams p,
+                                       const __grid_constant__ BackwardPlan plan) {
   using T = opmath_t<scalar_t>;
   constexpr int kRows = kWarps;
   const int lane = threadIdx.x % kWarpSize, row = threadIdx.x / kWarpSize;
-  const Tile tile = find_tile(p, kRows, COLUMNS, kWarpSize * VEC);
+  const Tile tile = find_tile(p, plan, kRows, COLUMNS, kWarpSize * VEC);
   const int64_t c = tile.c + lane * VEC;
   const scalar_t* const pooled = static_cast<const scalar_t*>(p.pooled) + min_of(c, p.C - 1) * p.pooled_stride[1];
   T sum[COLUMNS][VEC] = {};
@@ -233,20 +241,22 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(scalar_t) == 8 ? 1 : 2)
     }
   });
 
-  if (tile.y + row >= p.H) return;
-  scalar_t* const map = static_cast<scalar_t*>(p.map) + tile.image * p.map_stride[0] + (tile.y + row) * p.map_stride[2];
+  const Level& level = p.levels[tile.level];
+  if (tile.y + row >= level.H) return;
+  scalar_t* const map =
+      static_cast<scalar_t*>(level.map) + tile.image * level.stride[0] + (tile.y + row) * level.stride[2];
 #pragma unroll
   for (int i = 0; i < COLUMNS; ++i) {
-    if (tile.x + i >= p.W || c >= p.C) continue;
-    scalar_t* const pixel = map + (tile.x + i) * p.map_stride[3];
+    if (tile.x + i >= level.W || c >= p.C) continue;
+    scalar_t* const pixel = map + (tile.x + i) * level.stride[3];
     VecN<scalar_t, VEC> result;
 #pragma unroll
     for (int e = 0; e < VEC; ++e) result.data[e] = from_opmath<scalar_t>(sum[i][e]);
-    if (vector_store) {
+    if (plan.vector_store) {
       store_vec(pixel + c, result);
     } else {
 #pragma unroll
-      for (int e = 0; e < VEC; ++e) pixel[(c + e) * p.map_stride[1]] = result.data[e];
+      for (int e = 0; e < VEC; ++e) pixel[(c + e) * level.stride[1]] = result.data[e];
     }
   }
 }
@@ -255,11 +265,12 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(scalar_t) == 8 ? 1 : 2)
 // bins and write neighbouring pixels. Any strides, fastest where W and PW have stride 1.
 template <typename scalar_t, int CHANNELS>
 __global__ void __launch_bounds__(kBlockThreads, sizeof(scalar_t) == 8 ? 1 : 2)
-    roi_align_backward_pixels_kernel(const __grid_constant__ RoiAlignParams p) {
+    roi_align_backward_pixels_kernel(const __grid_constant__ RoiAlignParams p,
+                                     const __grid_constant__ BackwardPlan plan) {
   using T = opmath_t<scalar_t>;
   constexpr int kSide = 16, kLoads = 8;
   static_assert(kSide * kSide == kBlockThreads);
-  const Tile tile = find_tile(p, kSide, kSide, CHANNELS);
+  const Tile tile = find_tile(p, plan, kSide, kSide, CHANNELS);
   const int row = threadIdx.x / kSide, column = threadIdx.x % kSide;
   const int channels = int(min_of(p.C - tile.c, int64_t(CHANNELS)));
   const scalar_t* const pooled = static_cast<const scalar_t*>(p.pooled) + tile.c * p.pooled_stride[1];
@@ -292,12 +303,13 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(scalar_t) == 8 ? 1 : 2)
     }
   });
 
-  if (tile.y + row >= p.H || tile.x + column >= p.W) return;
-  scalar_t* const pixel = static_cast<scalar_t*>(p.map) + tile.image * p.map_stride[0] + tile.c * p.map_stride[1] +
-                          (tile.y + row) * p.map_stride[2] + (tile.x + column) * p.map_stride[3];
+  const Level& level = p.levels[tile.level];
+  if (tile.y + row >= level.H || tile.x + column >= level.W) return;
+  scalar_t* const pixel = static_cast<scalar_t*>(level.map) + tile.image * level.stride[0] + tile.c * level.stride[1] +
+                          (tile.y + row) * level.stride[2] + (tile.x + column) * level.stride[3];
 #pragma unroll
   for (int u = 0; u < CHANNELS; ++u) {
-    if (u < channels) pixel[u * p.map_stride[1]] = from_opmath<scalar_t>(sum[u]);
+    if (u < channels) pixel[u * level.stride[1]] = from_opmath<scalar_t>(sum[u]);
   }
 }
 

@@ -25,8 +25,10 @@ void check_sizes(const RoiAlignParams& p) {
                              std::to_string(value));
   };
   check(p.K, "the number of boxes");
-  check(p.H, "the height of input");
-  check(p.W, "the width of input");
+  for (int l = 0; l < p.num_levels; ++l) {
+    check(p.levels[l].H, "the height of input");
+    check(p.levels[l].W, "the width of input");
+  }
   check(p.PH, "the height of output_size");
   check(p.PW, "the width of output_size");
   check(p.PH * p.PW, "the bins of output_size");
@@ -38,6 +40,19 @@ bool allows_vectors(const void* data, const int64_t (&stride)[4], int64_t channe
   constexpr int64_t kVec = kVec16<scalar_t>;
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride[1] == 1 && channels % kVec == 0 &&
          stride[0] % kVec == 0 && stride[2] % kVec == 0 && stride[3] % kVec == 0;
+}
+
+// Whether all maps satisfy a condition.
+template <typename Condition>
+bool all_levels(const RoiAlignParams& p, const Condition& condition) {
+  for (int l = 0; l < p.num_levels; ++l)
+    if (!condition(p.levels[l])) return false;
+  return true;
+}
+
+template <typename scalar_t>
+bool maps_allow_vectors(const RoiAlignParams& p) {
+  return all_levels(p, [&](const Level& level) { return allows_vectors<scalar_t>(level.map, level.stride, p.C); });
 }
 
 // Channels are cut in whole passes, bins in whole warps, only as far as there are too few RoIs.
@@ -72,11 +87,20 @@ void forward_pixels(const RoiAlignParams& p, Stream stream) {
   launch(roi_align_forward_pixels_kernel<scalar_t>, config, p, plan);
 }
 
-int64_t count_tiles(const RoiAlignParams& p, int64_t rows, int64_t columns, int64_t channels) {
-  return p.N * ceil_div(p.H, rows) * ceil_div(p.W, columns) * ceil_div(p.C, channels);
+int64_t count_tiles(const RoiAlignParams& p, int64_t rows, int64_t columns, int64_t channels,
+                    BackwardPlan* plan = nullptr) {
+  int64_t tiles = 0;
+  for (int l = 0; l < p.num_levels; ++l) {
+    if (plan != nullptr) plan->first_tile[l] = uint32_t(tiles);
+    tiles += p.N * ceil_div(p.levels[l].H, rows) * ceil_div(p.levels[l].W, columns) * ceil_div(p.C, channels);
+  }
+  return tiles;
 }
 
-LaunchConfig one_block_a_tile(int64_t tiles, Stream stream) {
+// One block a tile.
+LaunchConfig cut_backward(const RoiAlignParams& p, int64_t rows, int64_t columns, int64_t channels, Stream stream,
+                          BackwardPlan& plan) {
+  const int64_t tiles = count_tiles(p, rows, columns, channels, &plan);
   if (tiles > kMaxGridX) {
     throw std::runtime_error("roi_align: expected input to have at most 2147483647 tiles, but got " +
                              std::to_string(tiles));
@@ -86,15 +110,18 @@ LaunchConfig one_block_a_tile(int64_t tiles, Stream stream) {
 
 template <typename scalar_t, int VEC, int COLUMNS>
 void backward_channels(const RoiAlignParams& p, Stream stream) {
-  const bool vector_store = VEC > 1 && allows_vectors<scalar_t>(p.map, p.map_stride, p.C);
-  const LaunchConfig config = one_block_a_tile(count_tiles(p, kWarps, COLUMNS, kWarpSize * VEC), stream);
-  launch(roi_align_backward_channels_kernel<scalar_t, VEC, COLUMNS>, config, p, vector_store);
+  BackwardPlan plan;
+  plan.vector_store = VEC > 1 && maps_allow_vectors<scalar_t>(p);
+  const LaunchConfig config = cut_backward(p, kWarps, COLUMNS, kWarpSize * VEC, stream, plan);
+  launch(roi_align_backward_channels_kernel<scalar_t, VEC, COLUMNS>, config, p, plan);
 }
 
 template <typename scalar_t, int CHANNELS>
 void backward_pixels(const RoiAlignParams& p, Stream stream) {
-  launch(roi_align_backward_pixels_kernel<scalar_t, CHANNELS>,
-         one_block_a_tile(count_tiles(p, 16, 16, CHANNELS), stream), p);
+  BackwardPlan plan;
+  plan.vector_store = false;
+  const LaunchConfig config = cut_backward(p, 16, 16, CHANNELS, stream, plan);
+  launch(roi_align_backward_pixels_kernel<scalar_t, CHANNELS>, config, p, plan);
 }
 
 }  // namespace
@@ -104,8 +131,9 @@ void forward(const RoiAlignParams& p, Stream stream) {
   check_sizes(p);
   dispatch_dtype(p.dtype, [&]<typename scalar_t>() {
     constexpr int kVec = kVec16<scalar_t>;
-    if (p.map_stride[1] != 1 || p.C == 1) return forward_pixels<scalar_t>(p, stream);
-    if (!allows_vectors<scalar_t>(p.map, p.map_stride, p.C)) return forward_channels<scalar_t, 1, 2>(p, stream);
+    const bool channels_adjoin = all_levels(p, [](const Level& level) { return level.stride[1] == 1; });
+    if (!channels_adjoin || p.C == 1) return forward_pixels<scalar_t>(p, stream);
+    if (!maps_allow_vectors<scalar_t>(p)) return forward_channels<scalar_t, 1, 2>(p, stream);
     if (kVec == 8 || p.C <= kWarpSize * kVec) return forward_channels<scalar_t, kVec, 1>(p, stream);
     if constexpr (kVec < 8) forward_channels<scalar_t, kVec, 2>(p, stream);
   });
@@ -113,7 +141,7 @@ void forward(const RoiAlignParams& p, Stream stream) {
 
 // The kernel follows the layout of what is read: a pixel is written once, but a bin read by several pixels.
 void backward(const RoiAlignParams& p, Stream stream) {
-  if (p.N == 0 || p.C == 0 || p.H == 0 || p.W == 0) return;
+  if (p.C == 0 || count_tiles(p, 1, 1, 1) == 0) return;
   check_sizes(p);
   dispatch_dtype(p.dtype, [&]<typename scalar_t>() {
     constexpr int kVec = kVec16<scalar_t>;

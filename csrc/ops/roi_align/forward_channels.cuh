@@ -30,14 +30,14 @@ struct BinWork {
 // Lists the distinct pixels under samples [y0, y0 + 4) x [x0, x0 + 4) of a bin, and returns how many they are.
 // Lanes 0-7 find the rows, lanes 8-15 the columns; equal ones merge, which leaves (g + 1)^2 of (2 g)^2 pixels.
 template <typename T>
-PVK_DEVICE int build_taps(const RoiAlignParams& p, const Roi<T>& roi, int ph, int pw, int64_t y0, int64_t x0,
+PVK_DEVICE int build_taps(const Level& level, const Roi<T>& roi, int ph, int pw, int64_t y0, int64_t x0,
                           int64_t element_bytes, BinWork<T>& work) {
   const int lane = threadIdx.x % kWarpSize;
   const bool is_x = lane & kAxisTaps;
   const int slot = lane % kAxisTaps;
   const int64_t sample = (is_x ? x0 : y0) + slot / 2;
   const int64_t samples = (is_x ? work.x : work.y).end - (is_x ? x0 : y0);
-  const Tap<T> tap = make_tap(sample_position(is_x ? roi.x : roi.y, is_x ? pw : ph, sample), is_x ? p.W : p.H);
+  const Tap<T> tap = make_tap(sample_position(is_x ? roi.x : roi.y, is_x ? pw : ph, sample), is_x ? level.W : level.H);
   const bool valid = lane < 2 * kAxisTaps && slot / 2 < samples;
   const int pixel = int(slot & 1 ? tap.high : tap.low);
   const T weight = !valid ? T(0) : slot & 1 ? tap.high_weight : tap.low_weight;
@@ -56,7 +56,7 @@ PVK_DEVICE int build_taps(const RoiAlignParams& p, const Roi<T>& roi, int ph, in
   const unsigned found = ballot(first);
   const unsigned rows = found & 0xff, columns = found >> kAxisTaps & 0xff;
   const int num_columns = __popc(columns);
-  const int64_t bytes = pixel * (p.map_stride[is_x ? 3 : 2] * element_bytes);
+  const int64_t bytes = pixel * (level.stride[is_x ? 3 : 2] * element_bytes);
 
   sync_warp();  // every lane has read the list before this one
 #pragma unroll
@@ -117,11 +117,12 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(scalar_t) == 8 ? 2 : 3)
   const int64_t k = blockIdx.x;
   if (threadIdx.x == 0) roi = load_roi<T>(p, k);
   __syncthreads();
+  const Level& level = p.levels[roi.level];
   for (int64_t bin = blockIdx.z * kWarps + warp; bin < bins; bin += gridDim.z * kWarps) {
     const int ph = int(bin) / PW, pw = int(bin) % PW;
     if (lane == 0) {
-      work.y = sample_range(roi.y, ph, p.H, p.sampling_ratio <= 0);
-      work.x = sample_range(roi.x, pw, p.W, p.sampling_ratio <= 0);
+      work.y = sample_range(roi.y, ph, level.H, p.sampling_ratio <= 0);
+      work.x = sample_range(roi.x, pw, level.W, p.sampling_ratio <= 0);
     }
     sync_warp();
     const bool one_list = work.y.end - work.y.begin <= kChunkSamples && work.x.end - work.x.begin <= kChunkSamples;
@@ -132,12 +133,12 @@ __global__ void __launch_bounds__(kBlockThreads, sizeof(scalar_t) == 8 ? 2 : 3)
       const scalar_t* image[VECS];  // a lane without channels reads others' and stores nothing
 #pragma unroll
       for (int v = 0; v < VECS; ++v) {
-        image[v] = static_cast<const scalar_t*>(p.map) + roi.image * p.map_stride[0] +
+        image[v] = static_cast<const scalar_t*>(level.map) + roi.image * level.stride[0] +
                    min_of(c + v * kWarpSize * VEC, c_end - VEC);
       }
       for (int64_t y0 = work.y.begin; y0 < work.y.end; y0 += kChunkSamples) {
         for (int64_t x0 = work.x.begin; x0 < work.x.end; x0 += kChunkSamples) {
-          if (!one_list || c0 == c_begin) taps = build_taps(p, roi, ph, pw, y0, x0, sizeof(scalar_t), work);
+          if (!one_list || c0 == c_begin) taps = build_taps(level, roi, ph, pw, y0, x0, sizeof(scalar_t), work);
           int t = 0;
 #pragma unroll 1
           for (; t + kTaps <= taps; t += kTaps) add_taps<kTaps>(image, work.taps + t, sum);

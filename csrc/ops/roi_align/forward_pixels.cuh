@@ -23,12 +23,12 @@ struct alignas(16) RowTap {
 
 // Fills rows[ph][2 * samples] with the distinct rows under bin row ph, closed by zero weights. One thread a bin row.
 template <typename T>
-PVK_DEVICE void build_rows(const RoiAlignParams& p, const RoiAxis<T>& axis, int ph, int samples, RowTap<T>* rows) {
-  const int64_t stride = p.map_stride[2];
+PVK_DEVICE void build_rows(const Level& level, const RoiAxis<T>& axis, int ph, int samples, RowTap<T>* rows) {
+  const int64_t stride = level.stride[2];
   rows += ph * 2 * samples;
   int n = 0;
   for (int i = 0; i < samples; ++i) {
-    const Tap<T> tap = make_tap(sample_position(axis, ph, i), p.H);
+    const Tap<T> tap = make_tap(sample_position(axis, ph, i), level.H);
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       const int64_t offset = (side ? tap.high : tap.low) * stride;
@@ -91,8 +91,8 @@ PVK_DEVICE int reduce_group(T (&sum)[CHANNELS], int lane) {
 
 // The part of a block that depends on G, the lanes a bin.
 template <typename scalar_t, int G, typename T>
-PVK_DEVICE void forward_bins(const RoiAlignParams& p, const Roi<T>& roi, int64_t k, const RowTap<T>* rows,
-                             int row_samples, int64_t c_begin, int64_t c_end) {
+PVK_DEVICE void forward_bins(const RoiAlignParams& p, const Level& level, const Roi<T>& roi, int64_t k,
+                             const RowTap<T>* rows, int row_samples, int64_t c_begin, int64_t c_end) {
   constexpr int kBins = kWarpSize / G;
   constexpr int kSum = kChannels<T>;
   constexpr int kHeld = G < kSum ? kSum / G : 1;
@@ -101,15 +101,16 @@ PVK_DEVICE void forward_bins(const RoiAlignParams& p, const Roi<T>& roi, int64_t
   const int bins = int(p.PH * p.PW), PW = int(p.PW);
   const unsigned groups = ceil_div(bins, kBins);
   const unsigned items = groups * unsigned(ceil_div(c_end - c_begin, int64_t(kSliceChannels)));
-  const scalar_t* const image = static_cast<const scalar_t*>(p.map) + max_of(roi.image, int64_t(0)) * p.map_stride[0];
+  const scalar_t* const image =
+      static_cast<const scalar_t*>(level.map) + max_of(roi.image, int64_t(0)) * level.stride[0];
 
   for (int64_t item = blockIdx.z * kWarps + warp; item < items; item += gridDim.z * kWarps) {
     const unsigned slice = unsigned(item) / groups;
     const int bin = int(unsigned(item) % groups) * kBins + lane / G;
     const bool in_range = bin < bins;
     const int ph = in_range ? bin / PW : 0, pw = in_range ? bin % PW : 0;
-    const SampleRange ry = sample_range(roi.y, ph, p.H, adaptive);
-    const SampleRange rx = sample_range(roi.x, pw, p.W, adaptive);
+    const SampleRange ry = sample_range(roi.y, ph, level.H, adaptive);
+    const SampleRange rx = sample_range(roi.x, pw, level.W, adaptive);
     const int64_t slice_begin = c_begin + int64_t(slice) * kSliceChannels;
     const int64_t slice_end = min_of(slice_begin + kSliceChannels, c_end);
     scalar_t* const out =
@@ -120,8 +121,8 @@ PVK_DEVICE void forward_bins(const RoiAlignParams& p, const Roi<T>& roi, int64_t
     T column_weight;
     const auto find_column = [&](int64_t x0) {
       const int64_t sample = x0 + lane % G / 2;
-      const Tap<T> tap = make_tap(sample_position(roi.x, pw, sample), p.W);
-      column = (lane & 1 ? tap.high : tap.low) * p.map_stride[3];
+      const Tap<T> tap = make_tap(sample_position(roi.x, pw, sample), level.W);
+      column = (lane & 1 ? tap.high : tap.low) * level.stride[3];
       column_weight = !in_range || sample >= rx.end ? T(0) : lane & 1 ? tap.high_weight : tap.low_weight;
     };
     find_column(rx.begin);
@@ -131,18 +132,18 @@ PVK_DEVICE void forward_bins(const RoiAlignParams& p, const Roi<T>& roi, int64_t
       T sum[kSum] = {};
       for (int64_t x0 = rx.begin; x0 < rx.end; x0 += G / 2) {
         if (rx.end - rx.begin > G / 2) find_column(x0);
-        const scalar_t* const pixel = image + c * p.map_stride[1] + column;
+        const scalar_t* const pixel = image + c * level.stride[1] + column;
         if (row_samples > 0) {
 #pragma unroll 1
           for (int r = ph * 2 * row_samples, end = r + 2 * row_samples; r < end && rows[r].weight != T(0); r += 2) {
-            add_rows(pixel, p.map_stride[1], channels, rows[r], rows[r + 1], column_weight, sum);
+            add_rows(pixel, level.stride[1], channels, rows[r], rows[r + 1], column_weight, sum);
           }
         } else {
 #pragma unroll 1
           for (int64_t i = ry.begin; i < ry.end; ++i) {
-            const Tap<T> tap = make_tap(sample_position(roi.y, ph, i), p.H);
-            add_rows(pixel, p.map_stride[1], channels, RowTap<T>{tap.low * p.map_stride[2], tap.low_weight},
-                     RowTap<T>{tap.high * p.map_stride[2], tap.high_weight}, column_weight, sum);
+            const Tap<T> tap = make_tap(sample_position(roi.y, ph, i), level.H);
+            add_rows(pixel, level.stride[1], channels, RowTap<T>{tap.low * level.stride[2], tap.low_weight},
+                     RowTap<T>{tap.high * level.stride[2], tap.high_weight}, column_weight, sum);
           }
         }
       }
@@ -173,22 +174,23 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   const int64_t k = blockIdx.x;
   if (threadIdx.x == 0) roi = load_roi<T>(p, k);
   __syncthreads();
+  const Level& level = p.levels[roi.level];
   int row_samples = 0;
   if (roi.y.grid * T(p.PH) * T(2) <= T(kRowTableTaps)) {
     row_samples = int(roi.y.grid);
-    for (int ph = threadIdx.x; ph < p.PH; ph += kBlockThreads) build_rows(p, roi.y, ph, row_samples, rows);
+    for (int ph = threadIdx.x; ph < p.PH; ph += kBlockThreads) build_rows(level, roi.y, ph, row_samples, rows);
   }
   __syncthreads();
   if (roi.x.grid <= T(1)) {
-    forward_bins<scalar_t, 2>(p, roi, k, rows, row_samples, c_begin, c_end);
+    forward_bins<scalar_t, 2>(p, level, roi, k, rows, row_samples, c_begin, c_end);
   } else if (roi.x.grid <= T(2)) {
-    forward_bins<scalar_t, 4>(p, roi, k, rows, row_samples, c_begin, c_end);
+    forward_bins<scalar_t, 4>(p, level, roi, k, rows, row_samples, c_begin, c_end);
   } else if (roi.x.grid <= T(4)) {
-    forward_bins<scalar_t, 8>(p, roi, k, rows, row_samples, c_begin, c_end);
+    forward_bins<scalar_t, 8>(p, level, roi, k, rows, row_samples, c_begin, c_end);
   } else if (roi.x.grid <= T(8)) {
-    forward_bins<scalar_t, 16>(p, roi, k, rows, row_samples, c_begin, c_end);
+    forward_bins<scalar_t, 16>(p, level, roi, k, rows, row_samples, c_begin, c_end);
   } else {
-    forward_bins<scalar_t, 32>(p, roi, k, rows, row_samples, c_begin, c_end);
+    forward_bins<scalar_t, 32>(p, level, roi, k, rows, row_samples, c_begin, c_end);
   }
 }
 

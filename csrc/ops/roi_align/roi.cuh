@@ -16,6 +16,12 @@ struct ForwardPlan {
   bool vector_store;  // the output has C stride 1 and allows 16-byte stores
 };
 
+// How a launch divides the maps: those of level l are tiles [first_tile[l], first_tile[l + 1]).
+struct BackwardPlan {
+  uint32_t first_tile[kMaxLevels];
+  bool vector_store;  // the maps have C stride 1 and allow 16-byte stores
+};
+
 // RoI k; one without a result has no samples.
 template <typename T>
 PVK_DEVICE Roi<T> load_roi(const RoiAlignParams& p, int64_t k) {

@@ -1,6 +1,7 @@
-// RoI align: parameters, backend interface, and the sampling geometry that every backend shares.
+// RoI align on one feature map or on a pyramid of them: parameters, backend interface, and the sampling geometry that
+// every backend shares.
 //
-// N images, C channels, H x W feature map; K RoIs, PH x PW bins each.
+// N images, C channels, H x W feature map of a level; K RoIs, PH x PW bins each.
 // Source: He et al., "Mask R-CNN", 2017, section 3; the borders follow torchvision.ops.roi_align.
 #pragma once
 
@@ -12,22 +13,44 @@ namespace pvk::roi_align {
 // Samples per bin and axis that a caller may ask for.
 constexpr int64_t kMaxSamplingRatio = 4096;
 
-// Strides count elements. The map is [N, C, H, W] seen through any strides, the pooled tensor is [K, C, PH, PW]
-// in one of two dense layouts.
+// Feature maps that one call may have.
+constexpr int kMaxLevels = 16;
+
+// A number in both precisions, since a GPU is slow to convert.
+struct Real {
+  double wide;
+  float single;
+
+  template <typename T>
+  PVK_HOST_DEVICE T as() const {
+    if constexpr (sizeof(T) == 8) return wide;
+    return single;
+  }
+};
+
+// One feature map, [N, C, H, W] seen through any strides.
+struct Level {
+  void* map;  // forward: the features, read. backward: their gradient, every element written.
+  int64_t H, W;
+  int64_t stride[4];
+  Real scale;  // feature pixels per image pixel
+};
+
+// Strides count elements. The pooled tensor is [K, C, PH, PW], forward in one of two dense layouts.
 struct RoiAlignParams {
-  void* map;          // forward: the features, read. backward: their gradient, every element written.
+  Level levels[kMaxLevels];
+  Real areas[kMaxLevels];  // ascending: a RoI's level is how many of the first num_areas its area reaches
+  int num_levels, num_areas;
   void* pooled;       // forward: the output, every element written. backward: its gradient, read.
   const void* boxes;  // [K, 5]: (batch index, x1, y1, x2, y2)
-  DType dtype;        // of map and pooled
+  DType dtype;        // of maps and pooled
   DType boxes_dtype;
-  int64_t N, C, H, W, K, PH, PW;
-  int64_t map_stride[4];
+  int64_t N, C, K, PH, PW;
   int64_t pooled_stride[4];
   int64_t boxes_stride[2];
-  double spatial_scale;
   int64_t sampling_ratio;  // samples per bin and axis; adaptive where <= 0
   bool aligned;
-  bool channels_last;  // layout of the tensor that is written
+  bool channels_last;  // layout of the tensors that are written
 };
 
 // Backend interface.
@@ -115,11 +138,24 @@ PVK_HOST_DEVICE Tap<T> make_tap(T position, int64_t size) {
   return {low, low + 1, T(1) - fraction, fraction};
 }
 
-// One RoI. `image` is -1 where its result is defined as zeros: a coordinate that is not finite, or a batch index
-// outside [0, N).
+// The level that a RoI is pooled from; -1 where it has none: its area is negative or NaN, or it belongs to a level
+// beyond the maps. Areas are compared, and nothing computed of them, so that all devices agree.
+template <typename T>
+PVK_HOST_DEVICE int choose_level(const RoiAlignParams& p, T x1, T y1, T x2, T y2) {
+  if (p.num_levels == 1) return 0;
+  const T area = mul_rn(sub_rn(x2, x1), sub_rn(y2, y1));
+  if (!(area >= T(0))) return -1;
+  int level = 0;
+  while (level < p.num_areas && area >= p.areas[level].template as<T>()) ++level;
+  return level < p.num_levels ? level : -1;
+}
+
+// One RoI. `image` is -1 where its result is defined as zeros: a coordinate that is not finite, a batch index outside
+// [0, N), or no level.
 template <typename T>
 struct Roi {
   int64_t image;
+  int level;  // always that of a map
   RoiAxis<T> y, x;
   T inverse_count;  // 1 / samples per bin
 };
@@ -127,10 +163,13 @@ struct Roi {
 template <typename T>
 PVK_HOST_DEVICE Roi<T> make_roi(const RoiAlignParams& p, T batch, T x1, T y1, T x2, T y2) {
   Roi<T> roi;
-  const bool finite_y = make_axis(y1, y2, T(p.spatial_scale), p.PH, p.sampling_ratio, p.aligned, roi.y);
-  const bool finite_x = make_axis(x1, x2, T(p.spatial_scale), p.PW, p.sampling_ratio, p.aligned, roi.x);
+  const int level = choose_level(p, x1, y1, x2, y2);
+  roi.level = max_of(level, 0);
+  const T scale = p.levels[roi.level].scale.template as<T>();
+  const bool finite_y = make_axis(y1, y2, scale, p.PH, p.sampling_ratio, p.aligned, roi.y);
+  const bool finite_x = make_axis(x1, x2, scale, p.PW, p.sampling_ratio, p.aligned, roi.x);
   const bool in_batch = batch > T(-1) && batch < T(p.N);  // truncated toward zero, as torchvision does
-  roi.image = finite_y && finite_x && in_batch ? int64_t(batch) : -1;
+  roi.image = level >= 0 && finite_y && finite_x && in_batch ? int64_t(batch) : -1;
   roi.inverse_count = T(1) / max_of(roi.y.grid * roi.x.grid, T(1));
   return roi;
 }

@@ -60,3 +60,40 @@ def _axis(
         weight = (1 - (position[:, None] - pixel).abs()).clamp(min=0) * inside[:, None]  # [samples, size]
         matrix.append(weight.sum(0) / float(samples))
     return torch.stack(matrix).to(like.dtype)
+
+
+def multiscale_roi_align(
+    features: list[Tensor],
+    boxes: Tensor | list[Tensor],
+    output_size: int | tuple[int, int],
+    scales: list[float],
+    sampling_ratio: int = 2,
+    canonical_scale: float = 224,
+    canonical_level: float = 4,
+    aligned: bool = False,
+) -> Tensor:
+    """Maps [N, C, H_l, W_l], [K, 5] or a list of [K_i, 4] -> [K, C, PH, PW]: box after box, from its own map."""
+    if not isinstance(boxes, Tensor):
+        boxes = torch.cat([torch.cat([torch.full_like(item[:, :1], i), item], 1) for i, item in enumerate(boxes)])
+    nothing = sum(item.sum() * 0 for item in features)
+    pooled = [roi_align(features[0], boxes[:0], output_size, scales[0], sampling_ratio, aligned)]
+    for box in boxes:
+        level = box_level(box[1:].tolist(), scales, canonical_scale, canonical_level)
+        if level is None:  # a batch index out of range gives zeros
+            box, level = torch.full_like(box, -1), 0
+        pooled.append(roi_align(features[level], box[None], output_size, scales[level], sampling_ratio, aligned))
+    return torch.cat(pooled) + nothing
+
+
+def box_level(box: list[float], scales: list[float], canonical_scale: float, canonical_level: float) -> int | None:
+    """The index of the map that the box is pooled from; None where it has none."""
+    if len(scales) == 1:
+        return 0
+    x1, y1, x2, y2 = box
+    area = (x2 - x1) * (y2 - y1)
+    if not area >= 0:  # NaN too
+        return None
+    k_min, k_max = (int(-math.log2(scale)) for scale in (scales[0], scales[-1]))
+    level = canonical_level + math.log2(math.sqrt(area) / canonical_scale) + 1e-6 if area > 0 else -math.inf
+    index = int(min(max(math.floor(level) if math.isfinite(level) else level, k_min), k_max)) - k_min
+    return index if index < len(scales) else None
