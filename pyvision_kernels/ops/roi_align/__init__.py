@@ -150,19 +150,15 @@ roi_align_op = declare(
 )
 
 
-def _join_boxes(boxes: Tensor | Sequence[Tensor], input: Tensor) -> Tensor:
+def _join_boxes(boxes: Tensor | Sequence[Tensor], input: Tensor, op: str = "roi_align") -> Tensor:
     """A list of [K_i, 4], one for each image, becomes [K, 5]."""
     if isinstance(boxes, Tensor):
         return boxes
     if not isinstance(boxes, list | tuple) or not all(isinstance(item, Tensor) for item in boxes):
-        raise TypeError(
-            f"roi_align: expected boxes to be a Tensor or a list of Tensors, but got {type(boxes).__name__}"
-        )
+        raise TypeError(f"{op}: expected boxes to be a Tensor or a list of Tensors, but got {type(boxes).__name__}")
     for item in boxes:
-        require(item.dim() == 2 and item.size(1) == 4, "roi_align", "each of boxes to have size [K, 4]", item.shape)
-    require(
-        len(boxes) == input.size(0), "roi_align", f"one Tensor of boxes for each of {input.size(0)} images", len(boxes)
-    )
+        require(item.dim() == 2 and item.size(1) == 4, op, "each of boxes to have size [K, 4]", item.shape)
+    require(len(boxes) == input.size(0), op, f"one Tensor of boxes for each of {input.size(0)} images", len(boxes))
     if not boxes:
         return input.new_empty((0, 5))
     # An index beyond 256 needs more than 16 bits: cat() promotes, and float32 boxes go with every 16-bit input.
