@@ -1,0 +1,206 @@
+"""Position-sensitive RoI align and pool: schemas, checks, gradients, and the public functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyvision_kernels._check import as_pair, autocasts, require, require_tensors
+from pyvision_kernels._op import Op, declare
+from pyvision_kernels.ops.roi_align import (
+    _cast,
+    _check,
+    _check_sampling,
+    _empty,
+    _is_channels_last,
+    _join_boxes,
+    _split_boxes,
+)
+
+
+def _check_channels(op: str, channels: int, pooled_height: int, pooled_width: int) -> None:
+    require(
+        channels % (pooled_height * pooled_width) == 0,
+        op,
+        f"input to have channels in a multiple of {pooled_height} * {pooled_width}",
+        channels,
+    )
+
+
+def _declare(name: str, sampling: str) -> tuple[Op, Op]:
+    """The op and its backward. `sampling`: the schema of the arguments that only this op has, after the sizes."""
+    grad_name = f"_{name}_backward"
+
+    def fake(input, boxes, spatial_scale, pooled_height, pooled_width, *sampling):
+        _check(input, boxes, name)
+        _check_channels(name, input.size(1), pooled_height, pooled_width)
+        _check_sampling(*sampling, op=name) if sampling else None
+        channels = input.size(1) // (pooled_height * pooled_width)
+        return _empty(input, (boxes.size(0), channels, pooled_height, pooled_width), _is_channels_last(input))
+
+    def fake_backward(grad, boxes, spatial_scale, pooled_height, pooled_width, *rest):
+        *sampling, batch_size, channels, height, width, channels_last = rest
+        _check(grad, boxes, grad_name)
+        _check_channels(grad_name, channels, pooled_height, pooled_width)
+        _check_sampling(*sampling, op=grad_name) if sampling else None
+        return _empty(grad, (batch_size, channels, height, width), channels_last)
+
+    def setup(ctx, inputs, output):
+        input, boxes, *ctx.geometry = inputs
+        ctx.save_for_backward(boxes)
+        ctx.input_size = input.shape
+        ctx.channels_last = _is_channels_last(input)
+
+    def backward(ctx, grad):
+        (boxes,) = ctx.saved_tensors
+        grad_input = backward_op(grad, boxes, *ctx.geometry, *ctx.input_size, ctx.channels_last)
+        return grad_input, None, *(None for _ in ctx.geometry)
+
+    def setup_double(ctx, inputs, output):
+        _, boxes, *ctx.geometry = inputs[:-5]
+        ctx.save_for_backward(boxes)
+
+    def backward_double(ctx, grad):
+        # The backward is linear in its gradient, and its own backward is the forward.
+        (boxes,) = ctx.saved_tensors
+        return op(grad, boxes, *ctx.geometry), None, *(None for _ in ctx.geometry), *(None,) * 5
+
+    def vmap(info, in_dims, input, boxes, *geometry):
+        size = info.batch_size
+        if in_dims[1] is None:  # the same boxes for all: fold the batch into the channels
+            out = op(input.movedim(in_dims[0], 1).flatten(1, 2), boxes, *geometry)
+            return out.unflatten(1, (size, out.size(1) // size)), 1
+        boxes = boxes.movedim(in_dims[1], 0)
+        if in_dims[0] is None:
+            out = op(input, boxes.flatten(0, 1), *geometry)
+        else:
+            input = input.movedim(in_dims[0], 0)
+            out = op(input.flatten(0, 1), _split_boxes(boxes, size, input.size(1)), *geometry)
+        return out.unflatten(0, (size, boxes.size(1))), 0
+
+    def vmap_backward(info, in_dims, grad, boxes, *rest):
+        *geometry, batch_size, channels, height, width, channels_last = rest
+        size, map_size = info.batch_size, (height, width, channels_last)
+        if in_dims[1] is None:
+            folded = grad.movedim(in_dims[0], 1).flatten(1, 2)
+            out = backward_op(folded, boxes, *geometry, batch_size, size * channels, *map_size)
+            return out.unflatten(1, (size, channels)), 1
+        boxes = boxes.movedim(in_dims[1], 0)
+        grad = grad.movedim(in_dims[0], 0) if in_dims[0] is not None else grad.expand(size, *grad.shape)
+        boxes = _split_boxes(boxes, size, batch_size)
+        out = backward_op(grad.flatten(0, 1), boxes, *geometry, size * batch_size, channels, *map_size)
+        return out.unflatten(0, (size, batch_size)), 0
+
+    geometry = f"Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width{sampling}"
+    sizes = "SymInt batch_size, SymInt channels, SymInt height, SymInt width"
+    backward_op = declare(
+        f"{grad_name}(Tensor grad, {geometry}, {sizes}, bool channels_last) -> Tensor",
+        fake=fake_backward,
+        setup_context=setup_double,
+        backward=backward_double,
+        autocast=_cast,
+        vmap=vmap_backward,
+    )
+    op = declare(
+        f"{name}(Tensor input, {geometry}) -> Tensor",
+        fake=fake,
+        setup_context=setup,
+        backward=backward,
+        autocast=_cast,
+        vmap=vmap,
+    )
+    return op, backward_op
+
+
+ps_roi_align_op, ps_roi_align_backward_op = _declare("ps_roi_align", ", int sampling_ratio")
+ps_roi_pool_op, ps_roi_pool_backward_op = _declare("ps_roi_pool", "")
+
+
+def _normalize(
+    op: str, input: Tensor, boxes: Tensor | Sequence[Tensor], output_size: int | Sequence[int]
+) -> tuple[Tensor, int, int]:
+    """Boxes [K, 5] and (PH, PW), checked."""
+    pooled = as_pair(op, "output_size", output_size)
+    require_tensors(op, input=input)
+    require(input.dim() == 4, op, "input to have 4 dimensions [N, C, H, W]", input.shape)
+    boxes = _join_boxes(boxes, input, op)
+    _check(*(_cast(input, boxes) if autocasts(input) else (input, boxes)), op)
+    _check_channels(op, input.size(1), *pooled)
+    return boxes, *pooled
+
+
+def ps_roi_align(
+    input: Tensor,
+    boxes: Tensor | Sequence[Tensor],
+    output_size: int | Sequence[int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = -1,
+) -> Tensor:
+    """Pools each box into a grid of bins by averaging bilinear samples, each bin from channels of its own.
+
+    Bin (ph, pw) of output channel c reads input channel ``(c * PH + ph) * PW + pw``. Matches
+    `torchvision.ops.ps_roi_align`, with bfloat16, threads and a deterministic backward. A box with a coordinate that is
+    not finite, with a batch index out of range, or without samples gives zeros and no gradient.
+
+    Args:
+        input (Tensor[N, C * PH * PW, H, W]): Feature maps; float16, bfloat16, float32 or float64; any strides.
+        boxes (Tensor[K, 5] or list of N Tensor[K_i, 4]): (batch index, x1, y1, x2, y2), or (x1, y1, x2, y2) for each
+            image, in pixels of the original image; dtype of ``input``, or float32 beside a 16-bit ``input``; not
+            differentiable.
+        output_size (int or (int, int)): Bins (PH, PW).
+        spatial_scale (float): Feature pixels per image pixel. Default: 1.0.
+        sampling_ratio (int): Samples per bin and axis, at most 4096; <= 0: adaptive, ``ceil(box size / bins)``.
+            Default: -1.
+
+    Returns:
+        Tensor[K, C, PH, PW], dtype and device of ``input``; channels_last where ``input`` is.
+
+    Raises:
+        RuntimeError: a shape, device or dtype does not fit, or the channels are not a multiple of PH * PW.
+        NotImplementedError: ``input`` is of another dtype.
+        ValueError: ``output_size`` is not positive.
+        TypeError: ``boxes`` is neither a Tensor nor a list of them.
+
+    Note: deterministic forward and backward.
+    Reference: Li et al., Light-Head R-CNN, 2017, section 3.2; Dai et al., R-FCN, 2016, section 2.
+    """
+    boxes, pooled_height, pooled_width = _normalize("ps_roi_align", input, boxes, output_size)
+    _check_sampling(sampling_ratio, "ps_roi_align")
+    return ps_roi_align_op(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio)
+
+
+def ps_roi_pool(
+    input: Tensor, boxes: Tensor | Sequence[Tensor], output_size: int | Sequence[int], spatial_scale: float = 1.0
+) -> Tensor:
+    """Pools each box into a grid of bins by averaging whole pixels, each bin from channels of its own.
+
+    Bin (ph, pw) of output channel c reads input channel ``(c * PH + ph) * PW + pw``. Matches
+    `torchvision.ops.ps_roi_pool`, with bfloat16, threads and a deterministic backward; as there, the last row and
+    column of a map are never read. The gradient is that of this function; torchvision's differs for boxes that reach
+    the last row or column. A box with a coordinate that is not finite, or a batch index out of range, gives zeros and
+    no gradient.
+
+    Args:
+        input (Tensor[N, C * PH * PW, H, W]): Feature maps; float16, bfloat16, float32 or float64; any strides.
+        boxes (Tensor[K, 5] or list of N Tensor[K_i, 4]): (batch index, x1, y1, x2, y2), or (x1, y1, x2, y2) for each
+            image, in pixels of the original image; dtype of ``input``, or float32 beside a 16-bit ``input``; not
+            differentiable.
+        output_size (int or (int, int)): Bins (PH, PW).
+        spatial_scale (float): Feature pixels per image pixel. Default: 1.0.
+
+    Returns:
+        Tensor[K, C, PH, PW], dtype and device of ``input``; channels_last where ``input`` is.
+
+    Raises:
+        RuntimeError: a shape, device or dtype does not fit, or the channels are not a multiple of PH * PW.
+        NotImplementedError: ``input`` is of another dtype.
+        ValueError: ``output_size`` is not positive.
+        TypeError: ``boxes`` is neither a Tensor nor a list of them.
+
+    Note: deterministic forward and backward.
+    Reference: Dai et al., R-FCN, 2016, section 2.
+    """
+    boxes, pooled_height, pooled_width = _normalize("ps_roi_pool", input, boxes, output_size)
+    return ps_roi_pool_op(input, boxes, spatial_scale, pooled_height, pooled_width)
