@@ -110,8 +110,7 @@ PVK_DEVICE void for_each_roi(const PsRoiParams& p, const Tile& tile, const Add& 
         if (is_column) {
           lines[warp].column[i] = weight;
         } else {
-          lines[warp].row[i] =
-              weight / (divisor_of(p, roi.y, tile.ph, p.H) * divisor_of(p, roi.x, tile.pw, p.W));
+          lines[warp].row[i] = weight / (divisor_of(p, roi.y, tile.ph, p.H) * divisor_of(p, roi.x, tile.pw, p.W));
         }
         if (lane == 0) lines[warp].k = k;
       }

@@ -18,11 +18,11 @@ namespace pvk::ps_roi_align {
 namespace PVK_ISA {
 namespace {
 
-constexpr int64_t kGroup = 16;             // planes that are handled together: a cache line of the pooled tensor
-constexpr int64_t kBlock = 512;             // RoIs whose bins are held before they are transposed
+constexpr int64_t kGroup = 16;               // planes that are handled together: a cache line of the pooled tensor
+constexpr int64_t kBlock = 512;              // RoIs whose bins are held before they are transposed
 constexpr int64_t kPitch = kBlock + kGroup;  // load_tile writes whole vectors
-constexpr int64_t kPieceWork = 16384;      // bins that are worth a thread
-constexpr int64_t kScratchBytes = 1 << 20;  // of planes that are held at a time, about
+constexpr int64_t kPieceWork = 16384;        // bins that are worth a thread
+constexpr int64_t kScratchBytes = 1 << 20;   // of planes that are held at a time, about
 
 template <typename T, typename box_t>
 void decode_rois(const PsRoiParams& p, Roi<T>* rois) {
@@ -62,8 +62,8 @@ Group find_group(const PsRoiParams& p, int64_t first, int64_t count) {
   group.adjacent = true;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t plane = first + i, bin = plane % (p.PH * p.PW);
-    group.pooled[i] = plane / (p.PH * p.PW) * p.pooled_stride[1] + bin / p.PW * p.pooled_stride[2] +
-                      bin % p.PW * p.pooled_stride[3];
+    group.pooled[i] =
+        plane / (p.PH * p.PW) * p.pooled_stride[1] + bin / p.PW * p.pooled_stride[2] + bin % p.PW * p.pooled_stride[3];
     group.adjacent = group.adjacent && group.pooled[i] == group.pooled[0] + i;
   }
   return group;
@@ -133,8 +133,7 @@ Planes plan_planes(const PsRoiParams& p) {
 template <typename scalar_t, typename T>
 void load_planes(const PsRoiParams& p, const Planes& planes, int64_t image, int64_t first, int64_t count,
                  int64_t row_begin, int64_t row_end, T* copy) {
-  const scalar_t* map =
-      static_cast<const scalar_t*>(p.map) + image * p.map_stride[0] + first * p.map_stride[1];
+  const scalar_t* map = static_cast<const scalar_t*>(p.map) + image * p.map_stride[0] + first * p.map_stride[1];
   const bool joined = p.map_stride[2] == p.W * p.map_stride[3];
   const int64_t lines = joined ? 1 : row_end - row_begin, pixels = joined ? (row_end - row_begin) * p.W : p.W;
   const int64_t together = p.map_stride[3] == 1 ? 1 : count;

@@ -14,24 +14,23 @@ namespace {
 constexpr int64_t kMaxGridX = 2147483647, kMaxGridY = 65535;
 constexpr int64_t kEnoughBlocks = 1024;  // about what fills the largest GPU once; smaller problems are cut finer
 
-void check_size(int64_t value, const char* what) {
-  if (value < kMaxGridX) return;
-  throw std::runtime_error("ps_roi_align: expected " + std::string(what) + " to be below 2147483647, but got " +
-                           std::to_string(value));
+void check_size(int64_t value, int64_t limit, const char* what) {
+  if (value < limit) return;
+  throw std::runtime_error("ps_roi_align: expected " + std::string(what) + " to be below " + std::to_string(limit) +
+                           ", but got " + std::to_string(value));
 }
 
 // Boxes, planes and blocks are counted in 32 bits, offsets in 64.
 void check_sizes(const PsRoiParams& p) {
-  check_size(p.K, "the number of boxes");
-  check_size(p.PH, "the height of output_size");
-  check_size(p.PW, "the width of output_size");
-  check_size(p.C * p.PH * p.PW + 65536 * int64_t(kBlockThreads), "the channels of input, and 16777216,");
+  check_size(p.K, kMaxGridX, "the number of boxes");
+  check_size(p.PH + p.PW, kMaxGridX, "the sides of output_size");
+  check_size(p.C * p.PH * p.PW, kMaxGridX - (1 << 25), "the channels of input");  // indices go past by a block or two
 }
 
 template <typename scalar_t, int CHANNELS>
 void launch_backward(const PsRoiParams& p, int64_t tiles, Stream stream) {
   const int64_t blocks = tiles * ceil_div(p.C, int64_t(CHANNELS));
-  check_size(blocks, "the tiles of input");
+  check_size(blocks, kMaxGridX, "the tiles of input");
   launch(ps_roi_align_backward_kernel<scalar_t, CHANNELS>, {dim3(unsigned(blocks)), dim3(kBlockThreads), 0, stream}, p);
 }
 

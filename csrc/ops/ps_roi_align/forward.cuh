@@ -52,8 +52,7 @@ PVK_DEVICE void build_line(const PsRoiParams& p, const RoiAxis<T>& axis, int b, 
 
 // The sum over a bin of a plane, by its lines in the tables.
 template <typename T, typename scalar_t>
-PVK_DEVICE T sum_by_tables(const scalar_t* plane, const TapTable<T>& rows, int ph, const TapTable<T>& columns,
-                           int pw) {
+PVK_DEVICE T sum_by_tables(const scalar_t* plane, const TapTable<T>& rows, int ph, const TapTable<T>& columns, int pw) {
   T sum = T(0);
   for (int i = ph * rows.pitch, row_end = i + rows.pitch; i < row_end && rows.weight[i] != T(0); ++i) {
     const scalar_t* const row = plane + rows.offset[i];

@@ -62,8 +62,8 @@ PVK_INLINE Run<T> sum_across(const Run<T>* parts) {
     Run<T> halves[2];
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i)
-      halves[i] = add(add(parts[4 * i], parts[4 * i + 1], even, odd), add(parts[4 * i + 2], parts[4 * i + 3], even, odd),
-                      even, odd);
+      halves[i] = add(add(parts[4 * i], parts[4 * i + 1], even, odd),
+                      add(parts[4 * i + 2], parts[4 * i + 3], even, odd), even, odd);
     return add(halves[0], halves[1], Index{0, 1, 2, 3, 8, 9, 10, 11}, Index{4, 5, 6, 7, 12, 13, 14, 15});
   } else if constexpr (kRun<T> == 4) {
     constexpr Index even = {0, 2, 4, 6}, odd = {1, 3, 5, 7};

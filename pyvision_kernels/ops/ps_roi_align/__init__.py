@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from pyvision_kernels._check import as_pair, autocasts, require, require_tensors
@@ -20,31 +19,31 @@ from pyvision_kernels.ops.roi_align import (
 )
 
 
-def _check_channels(op: str, channels: int, pooled_height: int, pooled_width: int) -> None:
+def _check_all(
+    op: str, map: Tensor, boxes: Tensor, channels: int, pooled: Sequence[int], sampling: Sequence[int]
+) -> None:
+    """`map`: the input, or the gradient of the output. `sampling`: what ps_roi_align has, and ps_roi_pool has not."""
+    _check(map, boxes, op)
+    height, width = pooled
     require(
-        channels % (pooled_height * pooled_width) == 0,
-        op,
-        f"input to have channels in a multiple of {pooled_height} * {pooled_width}",
-        channels,
+        channels % (height * width) == 0, op, f"input to have channels in a multiple of {height} * {width}", channels
     )
+    for ratio in sampling:
+        _check_sampling(ratio, op)
 
 
-def _declare(name: str, sampling: str) -> tuple[Op, Op]:
-    """The op and its backward. `sampling`: the schema of the arguments that only this op has, after the sizes."""
+def _declare(name: str, sampling_schema: str) -> tuple[Op, Op]:
+    """The op and its backward."""
     grad_name = f"_{name}_backward"
 
     def fake(input, boxes, spatial_scale, pooled_height, pooled_width, *sampling):
-        _check(input, boxes, name)
-        _check_channels(name, input.size(1), pooled_height, pooled_width)
-        _check_sampling(*sampling, op=name) if sampling else None
+        _check_all(name, input, boxes, input.size(1), (pooled_height, pooled_width), sampling)
         channels = input.size(1) // (pooled_height * pooled_width)
         return _empty(input, (boxes.size(0), channels, pooled_height, pooled_width), _is_channels_last(input))
 
     def fake_backward(grad, boxes, spatial_scale, pooled_height, pooled_width, *rest):
         *sampling, batch_size, channels, height, width, channels_last = rest
-        _check(grad, boxes, grad_name)
-        _check_channels(grad_name, channels, pooled_height, pooled_width)
-        _check_sampling(*sampling, op=grad_name) if sampling else None
+        _check_all(grad_name, grad, boxes, channels, (pooled_height, pooled_width), sampling)
         return _empty(grad, (batch_size, channels, height, width), channels_last)
 
     def setup(ctx, inputs, output):
@@ -93,7 +92,7 @@ def _declare(name: str, sampling: str) -> tuple[Op, Op]:
         out = backward_op(grad.flatten(0, 1), boxes, *geometry, size * batch_size, channels, *map_size)
         return out.unflatten(0, (size, batch_size)), 0
 
-    geometry = f"Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width{sampling}"
+    geometry = f"Tensor boxes, float spatial_scale, SymInt pooled_height, SymInt pooled_width{sampling_schema}"
     sizes = "SymInt batch_size, SymInt channels, SymInt height, SymInt width"
     backward_op = declare(
         f"{grad_name}(Tensor grad, {geometry}, {sizes}, bool channels_last) -> Tensor",
@@ -119,15 +118,19 @@ ps_roi_pool_op, ps_roi_pool_backward_op = _declare("ps_roi_pool", "")
 
 
 def _normalize(
-    op: str, input: Tensor, boxes: Tensor | Sequence[Tensor], output_size: int | Sequence[int]
+    op: str,
+    input: Tensor,
+    boxes: Tensor | Sequence[Tensor],
+    output_size: int | Sequence[int],
+    sampling: Sequence[int] = (),
 ) -> tuple[Tensor, int, int]:
-    """Boxes [K, 5] and (PH, PW), checked."""
+    """Boxes [K, 5], and PH and PW, checked."""
     pooled = as_pair(op, "output_size", output_size)
     require_tensors(op, input=input)
     require(input.dim() == 4, op, "input to have 4 dimensions [N, C, H, W]", input.shape)
     boxes = _join_boxes(boxes, input, op)
-    _check(*(_cast(input, boxes) if autocasts(input) else (input, boxes)), op)
-    _check_channels(op, input.size(1), *pooled)
+    cast_input, cast_boxes = _cast(input, boxes) if autocasts(input) else (input, boxes)
+    _check_all(op, cast_input, cast_boxes, input.size(1), pooled, sampling)
     return boxes, *pooled
 
 
@@ -166,8 +169,7 @@ def ps_roi_align(
     Note: deterministic forward and backward.
     Reference: Li et al., Light-Head R-CNN, 2017, section 3.2; Dai et al., R-FCN, 2016, section 2.
     """
-    boxes, pooled_height, pooled_width = _normalize("ps_roi_align", input, boxes, output_size)
-    _check_sampling(sampling_ratio, "ps_roi_align")
+    boxes, pooled_height, pooled_width = _normalize("ps_roi_align", input, boxes, output_size, (sampling_ratio,))
     return ps_roi_align_op(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ def _case(
     output_size: int | tuple[int, int] = 7,
     spatial_scale: float = 0.25,
     sides: tuple[float, float] = (8.0, 120.0),
+    *,
     extra: list[list[float]] | None = None,
     inside: bool = False,
     arguments: dict[str, Any] | None = None,
@@ -164,11 +166,24 @@ def _pool_flops(inputs: Inputs, output: Tensor) -> float:
     return _bytes(inputs, output) / output.element_size()
 
 
+def _peer(name: str) -> Callable[..., Tensor]:
+    def peer(input: Tensor, boxes: Tensor, *args, **kwargs) -> Tensor:
+        from torchvision import ops
+
+        function = getattr(ops, name)
+        if input.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            # torchvision registers the op for autocast on CUDA alone: what it does there.
+            return function(input.float(), boxes.float(), *args, **kwargs).to(input.dtype)
+        return function(input, boxes, *args, **kwargs)
+
+    return peer
+
+
 PS_ROI_ALIGN = OpCases(
     name="ps_roi_align",
     op=ps_roi_align,
     reference=reference.ps_roi_align,
-    peer=lambda **inputs: _torchvision().ps_roi_align(**inputs),
+    peer=_peer("ps_roi_align"),
     operators=("ps_roi_align", "_ps_roi_align_backward"),
     tiny=Case("per_call_overhead", _tiny_align),
     differentiable=("input",),
@@ -229,7 +244,7 @@ PS_ROI_POOL = OpCases(
     name="ps_roi_pool",
     op=ps_roi_pool,
     reference=reference.ps_roi_pool,
-    peer=lambda **inputs: _torchvision().ps_roi_pool(**inputs),
+    peer=_peer("ps_roi_pool"),
     operators=("ps_roi_pool", "_ps_roi_pool_backward"),
     tiny=Case("per_call_overhead", _tiny),
     differentiable=("input",),
@@ -264,9 +279,3 @@ PS_ROI_POOL = OpCases(
 )
 
 CASES = (PS_ROI_ALIGN, PS_ROI_POOL)
-
-
-def _torchvision():
-    from torchvision import ops
-
-    return ops

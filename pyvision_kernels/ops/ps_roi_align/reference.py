@@ -26,10 +26,8 @@ def ps_roi_align(
     return _pool(input, boxes, output_size, axis)
 
 
-def ps_roi_pool(
-    input: Tensor, boxes: Tensor, output_size: int | tuple[int, int], spatial_scale: float = 1.0
-) -> Tensor:
-    """[N, C * PH * PW, H, W], [K, 5] -> [K, C, PH, PW]. The mean over whole pixels, the last row and column excepted."""
+def ps_roi_pool(input: Tensor, boxes: Tensor, output_size: int | tuple[int, int], spatial_scale: float = 1.0) -> Tensor:
+    """[N, C * PH * PW, H, W], [K, 5] -> [K, C, PH, PW]. The mean over whole pixels but the last row and column."""
 
     def axis(low: float, high: float, bins: int, size: int) -> Tensor | None:
         start, end = _round(low * spatial_scale), _round(high * spatial_scale)
