@@ -66,6 +66,7 @@ OPCODES = {
 }
 # op -> (kernel, as a prefix; instruction; why it must not be there)
 FORBIDDEN = {
+    "ps_roi_align": [("ps_roi_align_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
     "roi_align": [("roi_align_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
 }
 

@@ -2,12 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
+from pyvision_kernels.nn.ps_roi_align import PSRoIAlign, PSRoIPool
 from pyvision_kernels.nn.roi_align import RoIAlign
+from pyvision_kernels.nn.roi_pool import RoIPool
 
 if TYPE_CHECKING:
     from pyvision_kernels.nn.multiscale_roi_align import MultiScaleRoIAlign
 
-__all__ = ["MultiScaleRoIAlign", "RoIAlign"]
+__all__ = ["MultiScaleRoIAlign", "PSRoIAlign", "PSRoIPool", "RoIAlign", "RoIPool"]
 
 
 def __getattr__(name: str) -> Any:

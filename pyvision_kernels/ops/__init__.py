@@ -1,6 +1,33 @@
-"""Functional ops. One folder an op."""
+"""Functional ops. One folder a family of functions that run the same kernels."""
 
-from pyvision_kernels.ops.nms import nms
+from pyvision_kernels.ops.box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou
+from pyvision_kernels.ops.generalized_box_iou_loss import (
+    complete_box_iou_loss,
+    distance_box_iou_loss,
+    generalized_box_iou_loss,
+)
+from pyvision_kernels.ops.nms import batched_nms, batched_nms_padded, nms, soft_nms
+from pyvision_kernels.ops.ps_roi_align import ps_roi_align, ps_roi_pool
 from pyvision_kernels.ops.roi_align import multiscale_roi_align, roi_align
+from pyvision_kernels.ops.roi_pool import roi_pool
+from pyvision_kernels.ops.sigmoid_focal_loss import sigmoid_focal_loss
 
-__all__ = ["multiscale_roi_align", "nms", "roi_align"]
+__all__ = [
+    "batched_nms",
+    "batched_nms_padded",
+    "box_iou",
+    "complete_box_iou",
+    "complete_box_iou_loss",
+    "distance_box_iou",
+    "distance_box_iou_loss",
+    "generalized_box_iou",
+    "generalized_box_iou_loss",
+    "multiscale_roi_align",
+    "nms",
+    "ps_roi_align",
+    "ps_roi_pool",
+    "roi_align",
+    "roi_pool",
+    "sigmoid_focal_loss",
+    "soft_nms",
+]

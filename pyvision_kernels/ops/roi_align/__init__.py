@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyvision_kernels._check import as_pair, autocasts, require, require_tensors
 from pyvision_kernels._op import declare
-from pyvision_kernels.ops.roi_align.boxes import (
+from pyvision_kernels._rois import (
     batch_backward,
     batch_forward,
     cast_boxes,

@@ -1,4 +1,4 @@
-"""Boxes of roi_align and multiscale_roi_align: checks, lists of them, batches of them under vmap."""
+"""What the RoI ops share: checks of maps and boxes, lists of boxes, batches under vmap."""
 
 from __future__ import annotations
 
