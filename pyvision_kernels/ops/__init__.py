@@ -2,5 +2,6 @@
 
 from pyvision_kernels.ops.nms import nms
 from pyvision_kernels.ops.roi_align import roi_align
+from pyvision_kernels.ops.roi_pool import roi_pool
 
-__all__ = ["nms", "roi_align"]
+__all__ = ["nms", "roi_align", "roi_pool"]
