@@ -102,7 +102,9 @@ void suppress_image(const NmsParams& p, int64_t image, Workspace<opmath_t<scalar
 
 template <typename scalar_t>
 void forward_typed(const NmsParams& p) {
-  const int64_t images = max_of(p.B / (4 * thread_count()), int64_t(1));
+  // Fewer boxes in a piece are not worth another thread.
+  constexpr int64_t kBoxes = 1024;
+  const int64_t images = max_of(p.B / (4 * thread_count()), ceil_div(kBoxes, p.N));
   parallel_for(p.B, images, [&](int64_t begin, int64_t end) {
     Workspace<opmath_t<scalar_t>> workspace;
     for (int64_t image = begin; image < end; ++image) suppress_image<scalar_t>(p, image, workspace);

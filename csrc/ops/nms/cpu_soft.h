@@ -223,7 +223,10 @@ void soft_decay_typed(const SoftNmsParams& p) {
   for (int64_t i = 0; i < count; ++i) ++starts[group_of[i] + 2];
   for (int64_t g = 0; g < groups; ++g) starts[g + 2] += starts[g + 1];
   for (int64_t i = 0; i < count; ++i) sorted[starts[group_of[i] + 1]++] = members[i];
-  parallel_for(groups, max_of(groups / (8 * thread_count()), int64_t(1)), [&](int64_t begin, int64_t end) {
+  // Fewer boxes in a piece are not worth another thread.
+  constexpr int64_t kBoxes = 512;
+  const int64_t pieces = min_of(8 * thread_count(), ceil_div(count, kBoxes));
+  parallel_for(groups, ceil_div(groups, max_of(pieces, int64_t(1))), [&](int64_t begin, int64_t end) {
     SoftGroup<scalar_t> group(p);
     for (int64_t g = begin; g < end; ++g) group.run(&sorted[starts[g]], starts[g + 1] - starts[g]);
   });

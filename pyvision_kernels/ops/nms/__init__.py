@@ -207,9 +207,7 @@ def batched_nms_padded(
     """
     idxs = _require("batched_nms_padded", boxes, scores, idxs, batched=True)
     if not isinstance(max_output, int | torch.SymInt):
-        raise TypeError(
-            f"batched_nms_padded: expected max_output to be an int, but got {type(max_output).__name__}"
-        )
+        raise TypeError(f"batched_nms_padded: expected max_output to be an int, but got {type(max_output).__name__}")
     _check_max_output(max_output)
     return batched_nms_padded_op(boxes, scores, idxs, iou_threshold, max_output)
 

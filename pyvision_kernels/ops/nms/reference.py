@@ -41,10 +41,8 @@ def batched_nms_padded(
     for image in range(len(boxes)):
         present = (scores[image] != -math.inf).nonzero()[:, 0]
         given = boxes[image][present], scores[image][present]
-        if idxs is None:
-            kept = nms(*given, iou_threshold)
-        else:
-            kept = batched_nms(*given, idxs[image][present], iou_threshold)
+        groups = idxs[image][present] if idxs is not None else torch.zeros_like(present)
+        kept = batched_nms(*given, groups, iou_threshold)
         kept = present[kept[:max_output]]
         keep[image, : len(kept)] = kept
         count[image] = len(kept)
