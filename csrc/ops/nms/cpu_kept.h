@@ -150,8 +150,8 @@ class KeptBoxes {
     return full;
   }
 
-  double reach_;            // in widths of the box that searches
-  Buffer<int64_t> heads_;   // of each cell's chain, or -1
+  double reach_;           // in widths of the box that searches
+  Buffer<int64_t> heads_;  // of each cell's chain, or -1
   Buffer<Chunk<T>> chunks_;
   int64_t used_ = 0;
 };

@@ -94,8 +94,7 @@ class SoftGroup {
     for (int64_t slot = 0; slot < chunks_ * kL; ++slot) {
       const int64_t c = slot / kL, lane = slot % kL;
       SoftChunk<T>& chunk = chunk_[c];
-      const Box<T> box =
-          slot < count ? boxes_[at_[slot]] : Box<T>{kInfinity, kInfinity, -kInfinity, -kInfinity, T(0)};
+      const Box<T> box = slot < count ? boxes_[at_[slot]] : Box<T>{kInfinity, kInfinity, -kInfinity, -kInfinity, T(0)};
       chunk.x1[lane] = box.x1;
       chunk.y1[lane] = box.y1;
       chunk.x2[lane] = box.x2;

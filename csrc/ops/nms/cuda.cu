@@ -21,12 +21,13 @@ constexpr int kBlock = kChunk * kBlockChunks;
 constexpr int kThreads = 256;
 constexpr int kSlice = kThreads;  // kept boxes, and later boxes, that one CTA compares
 constexpr int kSlices = kBlock / kSlice;
+constexpr unsigned kClearBlocks = 8;  // CTAs an image
 
 // The device's scratch, in this order. Tiles (row chunk, column chunk) of the current block with row <= column lie row
 // after row, one word for each of a tile's 64 rows.
 struct Scratch {
   int64_t* kept_begin;  // [B]: where in `keep` the latest block's boxes begin; they end at `count`
-  uint64_t* removed;    // [B, ceil(N / 64)]: a bit for every box that a kept one suppressed
+  uint64_t* removed;    // [B, ceil(N / 64)]: a bit for every box that is absent, or that a kept one suppressed
   uint64_t* tiles;      // [B, tiles of a block, 64]
 };
 
@@ -90,10 +91,9 @@ template <typename T>
 PVK_DEVICE Candidate<T> load_candidate(const NmsParams& p, int64_t image, int64_t index) {
   const int64_t at = image * p.boxes_stride[0] + index * p.boxes_stride[1];
   const Box<T> box = load_box<T>(p.boxes, p.dtype, at, p.boxes_stride[2]);
-  const uint64_t group =
-      p.groups == nullptr
-          ? 0
-          : load_group(p.groups, p.group_bytes, image * p.groups_stride[0] + index * p.groups_stride[1]);
+  const uint64_t group = p.groups == nullptr ? 0
+                                             : load_group(p.groups, p.group_bytes,
+                                                          image * p.groups_stride[0] + index * p.groups_stride[1]);
   return {box, area_of(box), group};
 }
 
@@ -111,21 +111,27 @@ struct Stage {
   }
 };
 
-// Before the first block. The CTAs of an image share the work.
-PVK_DEVICE void clear_image(const NmsParams& p, int64_t image, const Scratch& scratch, int64_t item, int64_t items) {
-  const int64_t begin = item * kThreads + threadIdx.x, step = items * kThreads;
-  for (int64_t i = begin; i < removed_words(p.N); i += step) scratch.removed[i] = 0;
+// A thread owns every 2048th place of an image: its bit of `removed`, and its part of the padding.
+__global__ void __launch_bounds__(kThreads) nms_clear_kernel(const __grid_constant__ NmsParams p) {
+  const int64_t image = blockIdx.x / kClearBlocks;
+  const int64_t begin = blockIdx.x % kClearBlocks * kThreads + threadIdx.x;
+  const Scratch scratch = find_scratch(p, image);
+  for (int64_t place = begin; place / kChunk < removed_words(p.N); place += kClearBlocks * kThreads) {
+    const unsigned absent = ballot(place < p.N && is_absent(p, image, place));
+    if (place % kWarpSize == 0) reinterpret_cast<unsigned*>(scratch.removed)[place / kWarpSize] = absent;
+  }
   if (p.padded)
-    for (int64_t i = begin; i < p.max_output; i += step) p.keep[image * p.max_output + i] = -1;
+    for (int64_t i = begin; i < p.max_output; i += kClearBlocks * kThreads) p.keep[image * p.max_output + i] = -1;
   if (begin == 0) *scratch.kept_begin = p.count[image] = 0;
 }
 
-// One tile: 64 rows (earlier boxes) by 64 columns (later ones). A thread owns a row and 16 columns, so that a warp reads
-// one column at a time, broadcast.
+// One tile: 64 rows (earlier boxes) by 64 columns (later ones). A thread owns a row and 16 columns, so that a warp
+// reads one column at a time, broadcast.
 template <typename T>
 PVK_DEVICE void find_pairs(const NmsParams& p, int64_t image, const Scratch& scratch, int64_t first, int row_chunk,
                            int column_chunk, Stage<T>& stage) {
   constexpr int kColumns = kChunk * kChunk / kThreads;
+  constexpr int kUnroll = sizeof(T) == sizeof(float) ? kColumns : 1;  // doubles would spill
   const int64_t first_row = first + row_chunk * kChunk, first_column = first + column_chunk * kChunk;
   const int columns = int(min_of(p.N - first_column, int64_t(kChunk)));
   if (int(threadIdx.x) < columns) {
@@ -137,6 +143,7 @@ PVK_DEVICE void find_pairs(const NmsParams& p, int64_t image, const Scratch& scr
   if (first_row + row >= p.N) return;
   const Candidate<T> mine = load_candidate<T>(p, image, index_at(p, image, first_row + row));
   unsigned bits = 0;
+#pragma unroll kUnroll
   for (int i = 0; i < kColumns; ++i) {
     const int column = part * kColumns + i;
     if (column >= columns || first_column + column <= first_row + row) continue;
@@ -187,19 +194,17 @@ PVK_DEVICE void suppress_later(const NmsParams& p, int64_t image, const Scratch&
 // CTAs image after image: first those that compare the boxes from place `first` on with what the block before has kept,
 // then one for each tile of the block that begins there.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    nms_compare_kernel(const __grid_constant__ NmsParams p, int64_t first) {
+__global__ void __launch_bounds__(kThreads) nms_compare_kernel(const __grid_constant__ NmsParams p, int64_t first) {
   SIMT_SHARED(Stage<T>, stage);
   const int chunks = chunks_of_block(p.N, first);
-  const int64_t suppressing = count_suppressing(p.N, first), items = suppressing + chunks * chunks;
-  const int64_t image = blockIdx.x / items, item = blockIdx.x % items;
+  const unsigned suppressing = unsigned(count_suppressing(p.N, first)), items = suppressing + chunks * chunks;
+  const unsigned image = blockIdx.x / items, item = blockIdx.x % items;
   const Scratch scratch = find_scratch(p, image);
-  if (first == 0) clear_image(p, image, scratch, item, items);
   const bool suppresses_later = item < suppressing;
   const int tile = int(item - suppressing), row = tile / chunks, column = tile % chunks;
   if (!suppresses_later && row > column) return;
-  const int64_t first_later = first + (suppresses_later ? item / kSlices * kThreads : int64_t(row) * kChunk);
-  if (first == 0 ? is_absent(p, image, first_later) : is_done(p, image, first_later)) return;
+  const int64_t first_later = first + (suppresses_later ? int64_t(item / kSlices) * kThreads : row * kChunk);
+  if (is_done(p, image, first_later)) return;
   if (suppresses_later) {
     suppress_later<T>(p, image, scratch, first_later, int(item % kSlices), stage);
   } else {
@@ -223,8 +228,8 @@ PVK_DEVICE uint64_t resolve_chunk(uint64_t low_row, uint64_t high_row, uint64_t 
 }
 
 // One CTA an image. Warp w owns chunk w of the block: its word of `removed`, in a register. Chunk after chunk, the
-// owner decides its 64 boxes and publishes the kept ones; every later warp ORs their rows of its own tile, loaded a step
-// ahead. It ends early once max_output boxes are kept.
+// owner decides its 64 boxes and publishes the kept ones; every later warp ORs their rows of its own tile, loaded a
+// step ahead. It ends early once max_output boxes are kept.
 __global__ void __launch_bounds__(kWarpSize* kBlockChunks)
     nms_resolve_kernel(const __grid_constant__ NmsParams p, int64_t first) {
   SIMT_SHARED(uint64_t[kBlockChunks], kept);
@@ -236,10 +241,6 @@ __global__ void __launch_bounds__(kWarpSize* kBlockChunks)
   const int64_t first_row = first + warp * kChunk;
   const int64_t kept_begin = p.count[image], wanted = p.max_output - kept_begin;
   uint64_t removed = warp < chunks ? scratch.removed[first_row / kChunk] : 0;
-
-  const bool low_is_real = first_row + lane < p.N && !is_absent(p, image, first_row + lane);
-  const bool high_is_real = first_row + lane + 32 < p.N && !is_absent(p, image, first_row + lane + 32);
-  const uint64_t real = ballot(low_is_real) | uint64_t(ballot(high_is_real)) << 32;
 
   // Rows `lane` and `lane + 32` of tile (row chunk, warp).
   uint64_t low_row = 0, high_row = 0;
@@ -258,6 +259,8 @@ __global__ void __launch_bounds__(kWarpSize* kBlockChunks)
     const uint64_t low = low_row, high = high_row;
     if (decided < chunks) load_rows(decided);
     if (warp == chunk) {
+      const int64_t rows = p.N - first_row;
+      const uint64_t real = rows >= kChunk ? ~uint64_t(0) : bits_below64(int(rows));
       const uint64_t stay = resolve_chunk(low, high, removed, real, lane);
       if (lane == 0) kept[chunk] = stay;
     }
@@ -287,6 +290,7 @@ __global__ void __launch_bounds__(kWarpSize* kBlockChunks)
 
 template <typename T>
 void forward(const NmsParams& p, Stream stream) {
+  launch(nms_clear_kernel, {dim3(unsigned(p.B * kClearBlocks)), dim3(kThreads), 0, stream}, p);
   for (int64_t first = 0; first < p.N; first += kBlock) {
     const int64_t chunks = chunks_of_block(p.N, first);
     const int64_t items = count_suppressing(p.N, first) + chunks * chunks;

@@ -72,7 +72,7 @@ NmsParams params_of(DType dtype, bool batched, const Tensor& boxes, const Tensor
   p.N = scores.size(batched);
   p.iou_threshold = iou_threshold;
   p.group_bytes = group_bytes;
-  const auto strides = [&](const Tensor& tensor, int64_t(&into)[2]) {
+  const auto strides = [&](const Tensor& tensor, int64_t (&into)[2]) {
     into[0] = batched ? tensor.stride(0) : 0;
     into[1] = tensor.stride(batched);
   };

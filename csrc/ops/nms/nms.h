@@ -28,16 +28,17 @@ struct NmsParams {
 };
 
 struct SoftNmsParams {
-  const void* boxes;     // [N, 4], through any strides
-  const void* scores;    // [N], through any stride
-  const void* groups;    // [N] integers, through any stride; nullptr: one group
-  const int64_t* order;  // [N]: indices, equal groups together, ties by index; nullptr where sorts_scores() or one group
-  void* decayed;         // [N] of T: the score with which a box was selected, or -inf
-  const void* sorted;    // [N] of T: `decayed` in descending order, ties by index; nullptr where sorts_scores()
-  int64_t* keep;         // [N]: the indices in that order
-  void* kept_scores;     // [N] of dtype: `sorted`, rounded
-  int64_t* count;        // [1]: how many boxes were selected
-  void* scratch;         // soft_scratch_bytes(N, dtype) bytes on the device
+  const void* boxes;   // [N, 4], through any strides
+  const void* scores;  // [N], through any stride
+  const void* groups;  // [N] integers, through any stride; nullptr: one group
+  const int64_t*
+      order;           // [N]: indices, equal groups together, ties by index; nullptr where sorts_scores() or one group
+  void* decayed;       // [N] of T: the score with which a box was selected, or -inf
+  const void* sorted;  // [N] of T: `decayed` in descending order, ties by index; nullptr where sorts_scores()
+  int64_t* keep;       // [N]: the indices in that order
+  void* kept_scores;   // [N] of dtype: `sorted`, rounded
+  int64_t* count;      // [1]: how many boxes were selected
+  void* scratch;       // soft_scratch_bytes(N, dtype) bytes on the device
   DType dtype;
   int group_bytes;
   bool gaussian;  // or linear
@@ -76,9 +77,8 @@ PVK_HOST_DEVICE double power_of_two(int exponent) {
 PVK_HOST_DEVICE double exp_of_negative(double x) {
   if (!(x > -745.2)) return 0;
   constexpr double kInverse[] = {
-      1.0,           1.0,          1.0 / 2,        1.0 / 6,         1.0 / 24,         1.0 / 120,         1.0 / 720,
-      1.0 / 5040,    1.0 / 40320,  1.0 / 362880,   1.0 / 3628800,   1.0 / 39916800,   1.0 / 479001600,
-      1.0 / 6227020800.0,
+      1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
+      1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0,
   };
   const int k = int(add_rn(mul_rn(x, 0x1.71547652b82fep0), -0.5));
   // ln 2 in two parts, the first with few enough bits that k times it is exact.

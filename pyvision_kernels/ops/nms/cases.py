@@ -383,7 +383,7 @@ BATCHED_NMS_PADDED = OpCases(
         _padded("hostile", 2, 200, 3, 150, levels=30, hostile=True, absent=0.2),
         _padded("negative_threshold", 2, 60, 3, 30, threshold=-0.1, hostile=True),
         _padded("full_in_a_later_block", 2, 2300, 3, 2150, threshold=0.97, absent=0.02, dtypes=(torch.float32,)),
-        _padded("full_in_the_first_block", 2, 2300, 0, 64, dtypes=(torch.float32,)),
+        _padded("full_in_the_first_block", 1, 2300, 0, 64, dtypes=(torch.float32,)),
         _padded("images_4_classes_80", 4, 4000, 80, 1000, bench="quick"),
         _padded("images_8_one_class", 8, 4000, 0, 1000, bench="quick"),
         _padded("images_4_all", 4, 4000, 80, 4000, bench="full"),
