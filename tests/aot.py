@@ -60,13 +60,14 @@ OPCODES = {
     ],
     "nms": [
         ("nms_resolve_kernel", r"REDUX\.OR", "mask words are merged by the warp's own reduction"),
-        ("nms_suppress_kernel<float>", r"LDS\.128", "a kept box is one shared-memory read"),
-        ("nms_mask_kernel<float>", r"LDS\.128", "a box is one shared-memory read"),
+        ("nms_compare_kernel<float>", r"LDS\.128", "a box is one shared-memory read"),
+        ("nms_soft_kernel<float>", r"LDG\.E\.128", "a box is one read"),
     ],
 }
 # op -> (kernel, as a prefix; instruction; why it must not be there)
 FORBIDDEN = {
     "ps_roi_align": [("ps_roi_align_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
+    "nms": [("nms_soft_", r"\b(ATOMG?|RED)\.", "scores are decayed in one order: no atomics, deterministic")],
     "roi_align": [("roi_align_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
 }
 

@@ -1,4 +1,4 @@
-// Stable sort of 64-bit keys with their values: least significant byte first, skipping bytes that all keys share.
+// Stable sort of unsigned keys with their values: least significant byte first, skipping bytes that all keys share.
 #pragma once
 
 #include <cstdint>
@@ -7,27 +7,35 @@
 
 namespace pvk::PVK_ISA {
 
-inline void radix_sort(Buffer<uint64_t>& keys, Buffer<int64_t>& values, int64_t count) {
-  Buffer<uint64_t> keys_out(count);
+template <typename Key>
+void radix_sort(Buffer<Key>& keys, Buffer<int64_t>& values, int64_t count) {
+  constexpr int kDigits = sizeof(Key);
+  Buffer<Key> keys_out(count);
   Buffer<int64_t> values_out(count);
-  uint64_t *key_from = keys.data(), *key_to = keys_out.data();
+  int64_t starts[kDigits][256] = {};
+  for (int64_t i = 0; i < count; ++i)
+    for (int digit = 0; digit < kDigits; ++digit) ++starts[digit][(keys[i] >> (8 * digit)) & 255];
+  Key *key_from = keys.data(), *key_to = keys_out.data();
   int64_t *value_from = values.data(), *value_to = values_out.data();
-  for (int shift = 0; shift < 64; shift += 8) {
-    int64_t starts[257] = {};
-    for (int64_t i = 0; i < count; ++i) ++starts[((key_from[i] >> shift) & 255) + 1];
+  for (int digit = 0; digit < kDigits; ++digit) {
+    int64_t* const start = starts[digit];
     bool shared = false;
-    for (int digit = 0; digit < 256; ++digit) shared |= starts[digit + 1] == count;
+    for (int64_t i = 0, before = 0; i < 256; ++i) {
+      const int64_t here = start[i];
+      shared |= here == count;
+      start[i] = before;
+      before += here;
+    }
     if (shared) continue;
-    for (int digit = 0; digit < 256; ++digit) starts[digit + 1] += starts[digit];
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t place = starts[(key_from[i] >> shift) & 255]++;
+      const int64_t place = start[(key_from[i] >> (8 * digit)) & 255]++;
       key_to[place] = key_from[i];
       value_to[place] = value_from[i];
     }
-    uint64_t* key_swap = key_from;
+    Key* const key_swap = key_from;
     key_from = key_to;
     key_to = key_swap;
-    int64_t* value_swap = value_from;
+    int64_t* const value_swap = value_from;
     value_from = value_to;
     value_to = value_swap;
   }

@@ -1,14 +1,16 @@
-// Non-maximum suppression on CUDA. Boxes in order of score are cut in blocks of 2048. One launch finds, for every pair
-// within a block, whether one would suppress the other (a bit each, 64 x 64 tiles). Then block after block: one CTA
-// decides which of its boxes stay, and all later boxes are compared with those. Two launches a block, O(N) scratch, and
-// one synchronisation, to read the count.
+// Non-maximum suppression on CUDA. The boxes of an image in order of score are cut in blocks of 2048. Block after
+// block, in two launches for all images: CTAs compare all pairs within the block (a bit each, 64 x 64 tiles), and all
+// boxes from it on with those that the block before has kept; then one CTA an image decides which boxes of the block
+// stay. The number of launches depends on N alone, and nothing waits for the host.
 #include <algorithm>
 
 #include "core/dispatch.cuh"
 #include "core/launch.h"
 #include "core/math.h"
 #include "core/warp.cuh"
+#include "ops/nms/boxes.cuh"
 #include "ops/nms/nms.h"
+#include "ops/nms/soft.cuh"
 
 namespace pvk::nms {
 namespace {
@@ -16,104 +18,198 @@ namespace {
 constexpr int kChunk = 64;        // boxes a mask word holds
 constexpr int kBlockChunks = 32;  // chunks a block holds: one warp of the resolving CTA each
 constexpr int kBlock = kChunk * kBlockChunks;
-constexpr int kTileWords = kChunk;  // a tile of pairs: one word for each of its 64 rows
-constexpr int kSlice = 256;         // kept boxes that one CTA of suppress compares with
 constexpr int kThreads = 256;
+constexpr int kSlice = kThreads;  // kept boxes, and later boxes, that one CTA compares
+constexpr int kSlices = kBlock / kSlice;
+constexpr unsigned kClearBlocks = 8;  // CTAs an image
 
-// The device's scratch, in this order. Tiles (row chunk, column chunk) with row <= column lie row after row; the last
-// tile of the last block holds only its real rows.
+// The device's scratch, in this order. Tiles (row chunk, column chunk) of the current block with row <= column lie row
+// after row, one word for each of a tile's 64 rows.
 struct Scratch {
-  int64_t* kept_range;  // [2]: the part of `keep` that the latest block wrote
-  uint64_t* removed;    // [ceil(N / 64)]: a bit for every box that a kept one suppressed
-  uint64_t* tiles;
+  int64_t* kept_begin;  // [B]: where in `keep` the latest block's boxes begin; they end at `count`
+  uint64_t* removed;    // [B, ceil(N / 64)]: a bit for every box that is absent, or that a kept one suppressed
+  uint64_t* tiles;      // [B, tiles of a block, 64]
 };
 
 PVK_HOST_DEVICE int64_t count_tiles(int64_t chunks) {
   return chunks * (chunks + 1) / 2;
 }
 
-PVK_HOST_DEVICE Scratch find_scratch(void* scratch, int64_t N) {
-  int64_t* const range = static_cast<int64_t*>(scratch);
-  uint64_t* const removed = reinterpret_cast<uint64_t*>(range + 2);
-  return {range, removed, removed + ceil_div(N, int64_t(kChunk))};
+PVK_HOST_DEVICE int64_t removed_words(int64_t N) {
+  return ceil_div(N, int64_t(kChunk));
 }
 
-// The words of tile (row, column) of a block whose first box is `first`.
-PVK_DEVICE uint64_t* find_tile(uint64_t* tiles, int64_t first, int chunks, int row, int column) {
-  const int64_t before = first / kBlock * count_tiles(kBlockChunks);
-  return tiles + (before + row * chunks - row * (row - 1) / 2 + column - row) * kTileWords;
+PVK_HOST_DEVICE int64_t tile_words(int64_t N) {
+  return count_tiles(min_of(removed_words(N), int64_t(kBlockChunks))) * kChunk;
 }
 
-PVK_DEVICE int chunks_of_block(int64_t N, int64_t first) {
+// Of one image.
+PVK_DEVICE Scratch find_scratch(const NmsParams& p, int64_t image) {
+  int64_t* const begin = static_cast<int64_t*>(p.scratch);
+  uint64_t* const removed = reinterpret_cast<uint64_t*>(begin + p.B);
+  uint64_t* const tiles = removed + p.B * removed_words(p.N);
+  return {begin + image, removed + image * removed_words(p.N), tiles + image * tile_words(p.N)};
+}
+
+PVK_DEVICE uint64_t* find_tile(uint64_t* tiles, int chunks, int row, int column) {
+  return tiles + (row * chunks - row * (row - 1) / 2 + column - row) * kChunk;
+}
+
+PVK_HOST_DEVICE int chunks_of_block(int64_t N, int64_t first) {
   return int(ceil_div(min_of(N - first, int64_t(kBlock)), int64_t(kChunk)));
 }
 
+PVK_HOST_DEVICE int64_t count_suppressing(int64_t N, int64_t first) {
+  return first == 0 ? 0 : ceil_div(N - first, int64_t(kThreads)) * kSlices;
+}
+
+// The index of the box at a place in the order of an image.
+PVK_DEVICE int64_t index_at(const NmsParams& p, int64_t image, int64_t place) {
+  return __ldg(p.order + image * p.order_stride[0] + place * p.order_stride[1]);
+}
+
+PVK_DEVICE bool is_absent(const NmsParams& p, int64_t image, int64_t place) {
+  if (!p.padded) return false;
+  const int64_t at = image * p.scores_stride[0] + index_at(p, image, place) * p.scores_stride[1];
+  return load_score<double>(p.scores, p.dtype, at) == -__builtin_inf();
+}
+
+// Whether nothing from this place on can be kept.
+PVK_DEVICE bool is_done(const NmsParams& p, int64_t image, int64_t place) {
+  return p.count[image] >= p.max_output || is_absent(p, image, place);
+}
+
+// A box, with what it is compared by.
 template <typename T>
-struct alignas(16) Box {
-  T x1, y1, x2, y2;
+struct Candidate {
+  Box<T> box;
+  T area;
+  uint64_t group;
 };
 
 template <typename T>
-PVK_DEVICE Box<T> load_box(const NmsParams& p, int64_t index) {
-  T corner[4];
-  load_strided(p.boxes, p.dtype, index * p.boxes_stride[0], p.boxes_stride[1], corner);
-  return {corner[0], corner[1], corner[2], corner[3]};
+PVK_DEVICE Candidate<T> load_candidate(const NmsParams& p, int64_t image, int64_t index) {
+  const int64_t at = image * p.boxes_stride[0] + index * p.boxes_stride[1];
+  const Box<T> box = load_box<T>(p.boxes, p.dtype, at, p.boxes_stride[2]);
+  const uint64_t group = p.groups == nullptr ? 0
+                                             : load_group(p.groups, p.group_bytes,
+                                                          image * p.groups_stride[0] + index * p.groups_stride[1]);
+  return {box, area_of(box), group};
 }
 
+// Candidates in shared memory.
 template <typename T>
-PVK_DEVICE T area_of(const Box<T>& box) {
-  return mul_rn(sub_rn(box.x2, box.x1), sub_rn(box.y2, box.y1));
+struct Stage {
+  Box<T> boxes[kThreads];
+  T areas[kThreads];
+  uint64_t groups[kThreads];
+
+  PVK_DEVICE void put(int i, const Candidate<T>& candidate) {
+    boxes[i] = candidate.box;
+    areas[i] = candidate.area;
+    groups[i] = candidate.group;
+  }
+};
+
+// A thread owns every 2048th place of an image: its bit of `removed`, and its part of the padding.
+__global__ void __launch_bounds__(kThreads) nms_clear_kernel(const __grid_constant__ NmsParams p) {
+  const int64_t image = blockIdx.x / kClearBlocks;
+  const int64_t begin = blockIdx.x % kClearBlocks * kThreads + threadIdx.x;
+  const Scratch scratch = find_scratch(p, image);
+  for (int64_t place = begin; place / kChunk < removed_words(p.N); place += kClearBlocks * kThreads) {
+    const unsigned absent = ballot(place < p.N && is_absent(p, image, place));
+    if (place % kWarpSize == 0) reinterpret_cast<unsigned*>(scratch.removed)[place / kWarpSize] = absent;
+  }
+  if (p.padded)
+    for (int64_t i = begin; i < p.max_output; i += kClearBlocks * kThreads) p.keep[image * p.max_output + i] = -1;
+  if (begin == 0) *scratch.kept_begin = p.count[image] = 0;
 }
 
-// Whether box i, which comes first, suppresses box j. The order of the operands decides where NaN goes.
+// One tile: 64 rows (earlier boxes) by 64 columns (later ones). A thread owns a row and 16 columns, so that a warp
+// reads one column at a time, broadcast.
 template <typename T>
-PVK_DEVICE bool suppresses(const Box<T>& i, T i_area, const Box<T>& j, T j_area, double iou_threshold) {
-  const T w = max_of(T(0), sub_rn(min_of(i.x2, j.x2), max_of(i.x1, j.x1)));
-  const T h = max_of(T(0), sub_rn(min_of(i.y2, j.y2), max_of(i.y1, j.y1)));
-  const T inter = mul_rn(w, h);
-  // Then the quotient is 0 or NaN: no division.
-  if (!(inter > T(0)) && iou_threshold >= 0) return false;
-  return double(div_rn(inter, sub_rn(add_rn(i_area, j_area), inter))) > iou_threshold;
-}
-
-// A CTA owns one tile: 64 rows (earlier boxes) by 64 columns (later ones) of block blockIdx.x. A thread owns a row and
-// 16 columns, so that a warp reads one column at a time, broadcast. The tiles on the diagonal also clear `removed`.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) nms_mask_kernel(const __grid_constant__ NmsParams p) {
+PVK_DEVICE void find_pairs(const NmsParams& p, int64_t image, const Scratch& scratch, int64_t first, int row_chunk,
+                           int column_chunk, Stage<T>& stage) {
   constexpr int kColumns = kChunk * kChunk / kThreads;
-  SIMT_SHARED(Box<T>[kChunk], boxes);
-  SIMT_SHARED(T[kChunk], areas);
-  const int64_t first = int64_t(blockIdx.x) * kBlock;
-  const int chunks = chunks_of_block(p.N, first);
-  const int row_chunk = blockIdx.y, column_chunk = blockIdx.z;
-  if (column_chunk >= chunks || row_chunk > column_chunk) return;
-  const Scratch scratch = find_scratch(p.scratch, p.N);
+  constexpr int kUnroll = sizeof(T) == sizeof(float) ? kColumns : 1;  // doubles would spill
   const int64_t first_row = first + row_chunk * kChunk, first_column = first + column_chunk * kChunk;
   const int columns = int(min_of(p.N - first_column, int64_t(kChunk)));
-
   if (int(threadIdx.x) < columns) {
-    const Box<T> box = load_box<T>(p, p.order[first_column + threadIdx.x]);
-    boxes[threadIdx.x] = box;
-    areas[threadIdx.x] = area_of(box);
-  }
-  if (threadIdx.x == 0 && row_chunk == column_chunk) {
-    scratch.removed[first_row / kChunk] = 0;
-    if (first_row == 0) scratch.kept_range[0] = scratch.kept_range[1] = 0;
+    stage.put(threadIdx.x, load_candidate<T>(p, image, index_at(p, image, first_column + threadIdx.x)));
   }
   __syncthreads();
 
   const int row = threadIdx.x % kChunk, part = threadIdx.x / kChunk;
   if (first_row + row >= p.N) return;
-  const Box<T> mine = load_box<T>(p, p.order[first_row + row]);
-  const T my_area = area_of(mine);
+  const Candidate<T> mine = load_candidate<T>(p, image, index_at(p, image, first_row + row));
   unsigned bits = 0;
+#pragma unroll kUnroll
   for (int i = 0; i < kColumns; ++i) {
     const int column = part * kColumns + i;
     if (column >= columns || first_column + column <= first_row + row) continue;
-    if (suppresses(mine, my_area, boxes[column], areas[column], p.iou_threshold)) bits |= 1u << i;
+    if (stage.groups[column] != mine.group) continue;
+    if (suppresses(mine.box, mine.area, stage.boxes[column], stage.areas[column], p.iou_threshold)) bits |= 1u << i;
   }
-  uint64_t* const tile = find_tile(scratch.tiles, first, chunks, row_chunk, column_chunk);
+  uint64_t* const tile = find_tile(scratch.tiles, chunks_of_block(p.N, first), row_chunk, column_chunk);
   reinterpret_cast<uint16_t*>(tile + row)[part] = uint16_t(bits);
+}
+
+// A thread owns one later box; the CTA compares 256 of them with a slice of the boxes that the block before has kept,
+// broadcast from shared memory, and sets the bits of those that one suppresses. A warp stops once all its boxes are
+// gone.
+template <typename T>
+PVK_DEVICE void suppress_later(const NmsParams& p, int64_t image, const Scratch& scratch, int64_t first_later,
+                               int slice, Stage<T>& stage) {
+  constexpr int kStep = 8;
+  const int64_t slice_begin = *scratch.kept_begin + int64_t(slice) * kSlice;
+  const int count = int(min_of(p.count[image] - slice_begin, int64_t(kSlice)));
+  if (count <= 0) return;
+  const int64_t j = first_later + threadIdx.x;
+  unsigned* const removed = reinterpret_cast<unsigned*>(scratch.removed) + j / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+
+  if (int(threadIdx.x) < count) {
+    const int64_t index = p.keep[image * p.max_output + slice_begin + threadIdx.x];
+    stage.put(threadIdx.x, load_candidate<T>(p, image, index));
+  }
+  bool alive = j < p.N && !(load_relaxed(removed) >> lane & 1);
+  Candidate<T> mine = {};
+  if (alive) mine = load_candidate<T>(p, image, index_at(p, image, j));
+  __syncthreads();
+
+  bool suppressed = false;
+  for (int i = 0; i < count && ballot(alive) != 0; i += kStep) {
+#pragma unroll
+    for (int u = 0; u < kStep; ++u) {
+      if (i + u < count && alive && stage.groups[i + u] == mine.group) {
+        suppressed = suppresses(stage.boxes[i + u], stage.areas[i + u], mine.box, mine.area, p.iou_threshold);
+        alive = !suppressed;
+      }
+    }
+  }
+  const unsigned gone = ballot(suppressed);
+  if (lane == 0 && gone != 0) atomicOr(removed, gone);
+}
+
+// CTAs image after image: first those that compare the boxes from place `first` on with what the block before has kept,
+// then one for each tile of the block that begins there.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) nms_compare_kernel(const __grid_constant__ NmsParams p, int64_t first) {
+  SIMT_SHARED(Stage<T>, stage);
+  const int chunks = chunks_of_block(p.N, first);
+  const unsigned suppressing = unsigned(count_suppressing(p.N, first)), items = suppressing + chunks * chunks;
+  const unsigned image = blockIdx.x / items, item = blockIdx.x % items;
+  const Scratch scratch = find_scratch(p, image);
+  const bool suppresses_later = item < suppressing;
+  const int tile = int(item - suppressing), row = tile / chunks, column = tile % chunks;
+  if (!suppresses_later && row > column) return;
+  const int64_t first_later = first + (suppresses_later ? int64_t(item / kSlices) * kThreads : row * kChunk);
+  if (is_done(p, image, first_later)) return;
+  if (suppresses_later) {
+    suppress_later<T>(p, image, scratch, first_later, int(item % kSlices), stage);
+  } else {
+    find_pairs<T>(p, image, scratch, first, row, column, stage);
+  }
 }
 
 // The rows of one chunk that stay, of those not in `removed`. Each round keeps the rows that no kept or undecided row
@@ -131,31 +227,37 @@ PVK_DEVICE uint64_t resolve_chunk(uint64_t low_row, uint64_t high_row, uint64_t 
   return kept;
 }
 
-// One CTA. Warp w owns chunk w of the block: its word of `removed`, in a register. Chunk after chunk, the owner decides
-// its 64 boxes and publishes the kept ones; every later warp ORs their rows of its own tile, loaded a step ahead.
+// One CTA an image. Warp w owns chunk w of the block: its word of `removed`, in a register. Chunk after chunk, the
+// owner decides its 64 boxes and publishes the kept ones; every later warp ORs their rows of its own tile, loaded a
+// step ahead. It ends early once max_output boxes are kept.
 __global__ void __launch_bounds__(kWarpSize* kBlockChunks)
     nms_resolve_kernel(const __grid_constant__ NmsParams p, int64_t first) {
   SIMT_SHARED(uint64_t[kBlockChunks], kept);
-  const Scratch scratch = find_scratch(p.scratch, p.N);
+  const int64_t image = blockIdx.x;
+  if (is_done(p, image, first)) return;
+  const Scratch scratch = find_scratch(p, image);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int chunks = chunks_of_block(p.N, first);
   const int64_t first_row = first + warp * kChunk;
-  const int64_t kept_begin = scratch.kept_range[1];
+  const int64_t kept_begin = p.count[image], wanted = p.max_output - kept_begin;
   uint64_t removed = warp < chunks ? scratch.removed[first_row / kChunk] : 0;
 
   // Rows `lane` and `lane + 32` of tile (row chunk, warp).
   uint64_t low_row = 0, high_row = 0;
   const auto load_rows = [&](int row_chunk) {
     if (warp < row_chunk || warp >= chunks) return;
-    const uint64_t* const tile = find_tile(scratch.tiles, first, chunks, row_chunk, warp);
+    const uint64_t* const tile = find_tile(scratch.tiles, chunks, row_chunk, warp);
     const int64_t rows = p.N - (first + row_chunk * kChunk);
     low_row = lane < rows ? tile[lane] : 0;
     high_row = lane + 32 < rows ? tile[lane + 32] : 0;
   };
   load_rows(0);
-  for (int chunk = 0; chunk < chunks; ++chunk) {
+  int64_t found = 0;
+  int decided = 0;
+  while (decided < chunks && found < wanted) {
+    const int chunk = decided++;
     const uint64_t low = low_row, high = high_row;
-    if (chunk + 1 < chunks) load_rows(chunk + 1);
+    if (decided < chunks) load_rows(decided);
     if (warp == chunk) {
       const int64_t rows = p.N - first_row;
       const uint64_t real = rows >= kChunk ? ~uint64_t(0) : bits_below64(int(rows));
@@ -163,100 +265,74 @@ __global__ void __launch_bounds__(kWarpSize* kBlockChunks)
       if (lane == 0) kept[chunk] = stay;
     }
     __syncthreads();
-    if (warp > chunk) {
-      const uint64_t stay = kept[chunk];
-      removed |= reduce_or((stay >> lane & 1 ? low : 0) | (stay >> lane >> 32 & 1 ? high : 0));
-    }
+    const uint64_t stay = kept[chunk];
+    found += __popcll(stay);
+    if (warp > chunk) removed |= reduce_or((stay >> lane & 1 ? low : 0) | (stay >> lane >> 32 & 1 ? high : 0));
   }
 
-  const unsigned count = lane < chunks ? __popcll(kept[lane]) : 0;
-  const int64_t before = kept_begin + reduce_add(lane < warp ? count : 0);
-  const int64_t total = reduce_add(count);
-  if (warp < chunks) {
+  const unsigned count = lane < decided ? __popcll(kept[lane]) : 0;
+  const int64_t before = reduce_add(lane < warp ? count : 0);
+  if (warp < decided) {
     const uint64_t stay = kept[warp];
 #pragma unroll
     for (int row = lane; row < kChunk; row += kWarpSize) {
-      if (stay >> row & 1) p.keep[before + __popcll(stay & bits_below64(row))] = p.order[first_row + row];
-    }
-  }
-  if (threadIdx.x == 0) {
-    scratch.kept_range[0] = kept_begin;
-    scratch.kept_range[1] = kept_begin + total;
-  }
-}
-
-// A thread owns one box behind the block, a CTA compares 256 of them with a slice of the block's kept boxes, broadcast
-// from shared memory, and sets the bits of those that one suppresses. A warp stops once all its boxes are gone.
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    nms_suppress_kernel(const __grid_constant__ NmsParams p, int64_t first_later) {
-  constexpr int kStep = 8;
-  SIMT_SHARED(Box<T>[kSlice], boxes);
-  SIMT_SHARED(T[kSlice], areas);
-  static_assert(kSlice == kThreads);
-  const Scratch scratch = find_scratch(p.scratch, p.N);
-  const int64_t slice_begin = scratch.kept_range[0] + int64_t(blockIdx.y) * kSlice;
-  const int count = int(min_of(scratch.kept_range[1] - slice_begin, int64_t(kSlice)));
-  if (count <= 0) return;
-  const int64_t j = first_later + int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  unsigned* const removed = reinterpret_cast<unsigned*>(scratch.removed) + j / kWarpSize;
-  const int lane = threadIdx.x % kWarpSize;
-
-  if (int(threadIdx.x) < count) {
-    const Box<T> box = load_box<T>(p, p.keep[slice_begin + threadIdx.x]);
-    boxes[threadIdx.x] = box;
-    areas[threadIdx.x] = area_of(box);
-  }
-  bool alive = j < p.N && !(load_relaxed(removed) >> lane & 1);
-  Box<T> mine = {};
-  if (alive) mine = load_box<T>(p, p.order[j]);
-  const T my_area = area_of(mine);
-  __syncthreads();
-
-  bool suppressed = false;
-  for (int i = 0; i < count && ballot(alive) != 0; i += kStep) {
-#pragma unroll
-    for (int u = 0; u < kStep; ++u) {
-      if (i + u < count && alive) {
-        suppressed = suppresses(boxes[i + u], areas[i + u], mine, my_area, p.iou_threshold);
-        alive = !suppressed;
+      const int64_t rank = before + __popcll(stay & bits_below64(row));
+      if ((stay >> row & 1) && rank < wanted) {
+        p.keep[image * p.max_output + kept_begin + rank] = index_at(p, image, first_row + row);
       }
     }
   }
-  const unsigned gone = ballot(suppressed);
-  if (lane == 0 && gone != 0) atomicOr(removed, gone);
+  if (threadIdx.x == 0) {
+    *scratch.kept_begin = kept_begin;
+    p.count[image] = kept_begin + min_of(found, wanted);
+  }
 }
 
 template <typename T>
-int64_t forward(const NmsParams& p, Stream stream) {
-  const int64_t blocks = ceil_div(p.N, int64_t(kBlock));
-  const unsigned chunks = unsigned(ceil_div(std::min<int64_t>(p.N, kBlock), int64_t(kChunk)));
-  launch(nms_mask_kernel<T>, {dim3(unsigned(blocks), chunks, chunks), dim3(kThreads), 0, stream}, p);
+void forward(const NmsParams& p, Stream stream) {
+  launch(nms_clear_kernel, {dim3(unsigned(p.B * kClearBlocks)), dim3(kThreads), 0, stream}, p);
   for (int64_t first = 0; first < p.N; first += kBlock) {
-    launch(nms_resolve_kernel, {dim3(1), dim3(kWarpSize * kBlockChunks), 0, stream}, p, first);
-    const int64_t first_later = first + kBlock;
-    if (first_later >= p.N) break;
-    const dim3 grid(unsigned(ceil_div(p.N - first_later, int64_t(kThreads))), kBlock / kSlice);
-    launch(nms_suppress_kernel<T>, {grid, dim3(kThreads), 0, stream}, p, first_later);
+    const int64_t chunks = chunks_of_block(p.N, first);
+    const int64_t items = count_suppressing(p.N, first) + chunks * chunks;
+    launch(nms_compare_kernel<T>, {dim3(unsigned(p.B * items)), dim3(kThreads), 0, stream}, p, first);
+    launch(nms_resolve_kernel, {dim3(unsigned(p.B)), dim3(kWarpSize * kBlockChunks), 0, stream}, p, first);
   }
-  return read_back(find_scratch(p.scratch, p.N).kept_range + 1, stream);
 }
 
 }  // namespace
 
-// At most N * N / 8 + 536 bytes, and about 132 bytes a box where N is large.
-int64_t scratch_bytes(int64_t N, DType) {
-  if (N == 0) return 0;
-  const int64_t blocks = N / kBlock, rest = N % kBlock;
-  const int64_t chunks = ceil_div(rest, int64_t(kChunk));
-  int64_t words = 2 + ceil_div(N, int64_t(kChunk)) + blocks * count_tiles(kBlockChunks) * kTileWords;
-  if (rest > 0) words += (count_tiles(chunks) - 1) * kTileWords + (rest - (chunks - 1) * kChunk);
-  return words * int64_t(sizeof(uint64_t));
+bool sorts_scores() {
+  return false;
 }
 
-int64_t forward(const NmsParams& p, Stream stream) {
-  if (p.N == 0) return 0;
-  return p.dtype == DType::kFloat64 ? forward<double>(p, stream) : forward<float>(p, stream);
+// At most N * N / 8 + N * 8 + 528 bytes an image, and no more than N / 8 + 270,352.
+int64_t scratch_bytes(int64_t B, int64_t N) {
+  return B * (1 + removed_words(N) + tile_words(N)) * int64_t(sizeof(uint64_t));
+}
+
+void forward(const NmsParams& p, Stream stream) {
+  if (p.dtype == DType::kFloat64) return forward<double>(p, stream);
+  forward<float>(p, stream);
+}
+
+int64_t soft_scratch_bytes(int64_t N, DType dtype) {
+  return dtype == DType::kFloat64 ? soft_scratch_bytes<double>(N) : soft_scratch_bytes<float>(N);
+}
+
+void soft_decay(const SoftNmsParams& p, Stream stream) {
+  if (p.dtype == DType::kFloat64) return soft_decay<double>(p, stream);
+  soft_decay<float>(p, stream);
+}
+
+void soft_finish(const SoftNmsParams& p, Stream stream) {
+  const dim3 grid(unsigned(ceil_div(p.N, int64_t(kSoftThreads))));
+  dispatch_dtype(p.dtype, [&]<typename scalar_t>() {
+    launch(nms_soft_finish_kernel<scalar_t>, {grid, dim3(kSoftThreads), 0, stream}, p);
+  });
+}
+
+int64_t read_count(const int64_t* count, Stream stream) {
+  return read_back(count, stream);
 }
 
 }  // namespace pvk::nms
