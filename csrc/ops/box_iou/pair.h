@@ -22,18 +22,18 @@ PVK_HOST_DEVICE constexpr int grad_fields_of(Kind kind) {
   return kind == Kind::kComplete ? 6 : 5;
 }
 
+// body.operator()<kKind>(), of a loss and of any kind.
+template <typename Body>
+inline __attribute__((always_inline)) void dispatch_loss(Kind kind, const Body& body) {
+  if (kind == Kind::kGeneralized) return body.template operator()<Kind::kGeneralized>();
+  if (kind == Kind::kDistance) return body.template operator()<Kind::kDistance>();
+  body.template operator()<Kind::kComplete>();
+}
+
 template <typename Body>
 inline __attribute__((always_inline)) void dispatch_kind(Kind kind, const Body& body) {
-  switch (kind) {
-    case Kind::kPlain:
-      return body.template operator()<Kind::kPlain>();
-    case Kind::kGeneralized:
-      return body.template operator()<Kind::kGeneralized>();
-    case Kind::kDistance:
-      return body.template operator()<Kind::kDistance>();
-    case Kind::kComplete:
-      return body.template operator()<Kind::kComplete>();
-  }
+  if (kind == Kind::kPlain) return body.template operator()<Kind::kPlain>();
+  dispatch_loss(kind, body);
 }
 
 // Arithmetic of one rounding per operation on CUDA, where the compiler would fuse multiplications with additions.
