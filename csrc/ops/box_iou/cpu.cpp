@@ -2,7 +2,7 @@
 //
 // Both sets are first laid out number by number, with what a box needs only once: its area, centre and angle. The
 // backward cuts the pairs into tiles of fixed size; each leaves sums for its rows and its columns, which are added in
-// order, so that the result does not depend on the number of threads.
+// order, so that the result does not depend on the number of threads. Within a tile, sums are of sums of kCascade.
 #include "core/buffer.h"
 #include "core/dispatch.h"
 #include "core/isa.h"
@@ -20,6 +20,7 @@ constexpr int64_t kBackwardTiles = 16;                     // so many at least, 
 constexpr int64_t kPiecePairs = 1 << 15;                   // less is not worth a thread
 constexpr int64_t kPieceBoxes = 1 << 12;
 constexpr int kRowsAtOnce = 4;
+constexpr int64_t kCascade = 16;  // numbers that are added up before their sum is
 
 PVK_INLINE int64_t round_up(int64_t count, int64_t multiple) {
   return ceil_div(count, multiple) * multiple;
@@ -193,25 +194,34 @@ template <typename T, Kind kKind, bool kNeed1, bool kNeed2>
 PVK_INLINE void backward_row(const Box<Vec<T>>& a, const T* fields2, int64_t pitch2, int64_t begin, int64_t end,
                              const T* grad, const Constants<Vec<T>>& constants, T* row_sums, int64_t row_pitch,
                              T* column_sums) {
-  BoxGrad<Vec<T>> row{};
+  BoxGrad<Vec<T>> row{}, recent{};
+  const auto add_to = [](BoxGrad<Vec<T>>& sum, BoxGrad<Vec<T>>& value, const auto& keep) {
+    Vec<T>* const sums[] = {&sum.x1, &sum.y1, &sum.x2, &sum.y2, &sum.area, &sum.angle};
+    each_field<kKind>(value, [&](int field, Vec<T> part) { *sums[field] += keep(part); });
+  };
+  const auto all = [](Vec<T> value) { return value; };
   const auto add = [&](int64_t j, Vec<T> pair_grad, const auto& keep) {
     const Box<Vec<T>> b = load_box<kKind, T>(fields2 + j, pitch2);
     const Pair<kKind, false, Vec<T>> pair(a, b, constants);
     BoxGrad<Vec<T>> grad_a, grad_b;
     pair.gradient(a, b, constants, pair_grad, grad_a, grad_b);
-    if constexpr (kNeed1) {
-      Vec<T>* const sums[] = {&row.x1, &row.y1, &row.x2, &row.y2, &row.area, &row.angle};
-      each_field<kKind>(grad_a, [&](int field, Vec<T> value) { *sums[field] += keep(value); });
-    }
+    if constexpr (kNeed1) add_to(recent, grad_a, keep);
     if constexpr (kNeed2) {
       each_field<kKind>(grad_b, [&](int field, Vec<T> value) {
-        T* const sum = column_sums + field * pitch2 + j;
+        T* const sum = column_sums + field * kTileColumns + (j - begin);
         store(sum, load(sum) + value);
       });
     }
   };
   int64_t j = begin;
-  for (; j + kLanes<T> <= end; j += kLanes<T>) add(j, load(grad + (j - begin)), [](Vec<T> value) { return value; });
+  while (j + kLanes<T> <= end) {
+    const int64_t stop = min_of(j + kCascade * kLanes<T>, end);
+    for (; j + kLanes<T> <= stop; j += kLanes<T>) add(j, load(grad + (j - begin)), all);
+    if constexpr (kNeed1) {
+      add_to(row, recent, all);
+      recent = BoxGrad<Vec<T>>{};
+    }
+  }
   if (j < end) {
     Vec<T> last{};
     std::memcpy(&last, grad + (j - begin), size_t(end - j) * sizeof(T));
@@ -219,28 +229,42 @@ PVK_INLINE void backward_row(const Box<Vec<T>>& a, const T* fields2, int64_t pit
     const Mask<T> inside = index.value < splat(T(end - j));
     add(j, last, [&](Vec<T> value) { return inside ? value : Vec<T>{}; });
   }
-  if constexpr (kNeed1)
+  if constexpr (kNeed1) {
+    add_to(row, recent, all);
     each_field<kKind>(row, [&](int field, Vec<T> value) { row_sums[field * row_pitch] = sum_of<T>(value); });
+  }
+}
+
+// What rows have left for the columns of a tile goes to `target`, and is zero again.
+template <typename T, Kind kKind>
+void flush(T* recent, T* target, int64_t pitch, int64_t columns, bool first) {
+  for (int field = 0; field < grad_fields_of(kKind); ++field) {
+    for (int64_t j = 0; j < columns; j += kLanes<T>) {
+      T* const from = recent + field * kTileColumns + j;
+      T* const to = target + field * pitch + j;
+      store(to, first ? load(from) : load(to) + load(from));
+      store(from, Vec<T>{});
+    }
+  }
 }
 
 template <typename T, Kind kKind, bool kNeed1, bool kNeed2>
-void backward_tiles(const BoxIouParams& p, Fields<T>& fields1, Fields<T>& fields2,
-                    const Constants<Vec<T>>& constants, BackwardPlan<T>& plan) {
+void backward_tiles(const BoxIouParams& p, Fields<T>& fields1, Fields<T>& fields2, const Constants<Vec<T>>& constants,
+                    BackwardPlan<T>& plan) {
   const int64_t tile_pairs = min_of(p.N, plan.chunk_rows) * min_of(p.M, kTileColumns);
-  parallel_for(p.B * plan.chunks * plan.tiles, kPiecePairs / 4 / max_of(tile_pairs, int64_t(1)), [&](int64_t first, int64_t last) {
+  const int64_t together = kPiecePairs / 4 / max_of(tile_pairs, int64_t(1));
+  parallel_for(p.B * plan.chunks * plan.tiles, together, [&](int64_t first, int64_t last) {
     T copy[kTileColumns];
+    Buffer<T> recent(kNeed2 ? grad_fields_of(kKind) * kTileColumns : 0);
+    for (int64_t i = 0; kNeed2 && i < grad_fields_of(kKind) * kTileColumns; ++i) recent[i] = T(0);
     for (int64_t task = first; task < last; ++task) {
       const int64_t tile = task % plan.tiles, batch = task / plan.tiles / plan.chunks;
       const int64_t chunk = task / plan.tiles % plan.chunks;
       const int64_t begin = tile * kTileColumns, end = min_of(begin + kTileColumns, p.M);
-      const int64_t row_end = min_of((chunk + 1) * plan.chunk_rows, p.N);
+      const int64_t first_row = chunk * plan.chunk_rows, row_end = min_of(first_row + plan.chunk_rows, p.N);
       T* const row_sums = kNeed1 ? plan.sums1.of(batch * plan.tiles + tile) : nullptr;
-      T* const column_sums = kNeed2 ? plan.sums2.of(batch * plan.chunks + chunk) : nullptr;
-      if constexpr (kNeed2) {
-        for (int field = 0; field < grad_fields_of(kKind); ++field)
-          for (int64_t j = begin; j < end; j += kLanes<T>) store(column_sums + field * fields2.pitch + j, Vec<T>{});
-      }
-      for (int64_t i = chunk * plan.chunk_rows; i < row_end; ++i) {
+      T* const column_sums = kNeed2 ? plan.sums2.of(batch * plan.chunks + chunk) + begin : nullptr;
+      for (int64_t i = first_row; i < row_end; ++i) {
         const T* grad = static_cast<const T*>(p.grad) + batch * p.grad_stride[0] + i * p.grad_stride[1] +
                         begin * p.grad_stride[2];
         if (p.grad_stride[2] != 1) {
@@ -249,7 +273,10 @@ void backward_tiles(const BoxIouParams& p, Fields<T>& fields1, Fields<T>& fields
         }
         const Box<Vec<T>> a = splat_box<kKind, T>(fields1.of(batch) + i, fields1.pitch);
         backward_row<T, kKind, kNeed1, kNeed2>(a, fields2.of(batch), fields2.pitch, begin, end, grad, constants,
-                                               row_sums + i, fields1.pitch, column_sums);
+                                               kNeed1 ? row_sums + i : nullptr, fields1.pitch,
+                                               recent.data());
+        if (kNeed2 && ((i + 1 - first_row) % kCascade == 0 || i + 1 == row_end))
+          flush<T, kKind>(recent.data(), column_sums, fields2.pitch, end - begin, i - first_row < kCascade);
       }
     }
   });
@@ -262,11 +289,13 @@ void finish(const void* boxes, const int64_t (&stride)[3], int64_t batches, int6
   each_range(batches, count, [&](int64_t batch, int64_t begin, int64_t end) {
     const scalar_t* source = static_cast<const scalar_t*>(boxes) + batch * stride[0];
     for (int64_t i = begin; i < end; i += kLanes<T>) {
-      BoxGrad<Vec<T>> grad{};
+      CarefulSum<Vec<T>> total[kMaxGradFields];
       for (int64_t part = 0; part < parts; ++part) {
         const T* const from = sums.of(batch * parts + part) + i;
-        each_field<kKind>(grad, [&](int field, Vec<T>& sum) { sum += load(from + field * sums.pitch); });
+        for (int field = 0; field < grad_fields_of(kKind); ++field) total[field].add(load(from + field * sums.pitch));
       }
+      BoxGrad<Vec<T>> grad{};
+      each_field<kKind>(grad, [&](int field, Vec<T>& sum) { sum = total[field].total(); });
       Vec<T> c[4], out[4];
       load_boxes<scalar_t, T>(source + i * stride[1], stride[1], stride[2], end - i, c);
       finish_gradient<kKind>(format, c, grad, constants, out);

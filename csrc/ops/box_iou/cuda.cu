@@ -78,7 +78,7 @@ struct Side {
 };
 
 // A thread owns one box; a block brings 32 others and their 32 x 128 gradients to shared memory at a time, along
-// whichever axis has neighbours, and leaves the sums over its chunk of the others.
+// whichever axis has neighbours, and leaves the sums over its chunk of the others: sums of sums of 32.
 template <typename scalar_t, Kind kKind>
 __global__ void __launch_bounds__(kOwners) box_iou_backward_kernel(const __grid_constant__ Side s) {
   using T = opmath_t<scalar_t>;
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kOwners) box_iou_backward_kernel(const __grid_
     load_coordinates<scalar_t>(s.own, batch * s.own_stride[0] + own * s.own_stride[1], s.own_stride[2], c);
     mine = prepare_box<kKind>(s.format, c, constants);
   }
-  BoxGrad<V> sum{};
+  V sums[grad_fields_of(kKind)] = {};
   for (int64_t first = begin; first < end; first += kOthers) {
     const int count = int(min_of(end - first, int64_t(kOthers)));
     __syncthreads();
@@ -119,27 +119,21 @@ __global__ void __launch_bounds__(kOwners) box_iou_backward_kernel(const __grid_
         grads[lane][i] = grad[(first_own + i) * s.grad_own_stride + (first + lane) * s.grad_other_stride];
     }
     __syncthreads();
+    V recent[grad_fields_of(kKind)] = {};
     for (int i = 0; own < s.own_count && i < count; ++i) {
       const Box<V> other = others[i];
       BoxGrad<V> grad_mine, grad_other;
       Pair<kKind, false, V>(mine, other, constants)
           .gradient(mine, other, constants, V{grads[i][threadIdx.x]}, grad_mine, grad_other);
-      sum.x1 = sum.x1 + grad_mine.x1;
-      sum.y1 = sum.y1 + grad_mine.y1;
-      sum.x2 = sum.x2 + grad_mine.x2;
-      sum.y2 = sum.y2 + grad_mine.y2;
-      sum.area = sum.area + grad_mine.area;
-      if constexpr (kKind == Kind::kComplete) sum.angle = sum.angle + grad_mine.angle;
+      each_field<kKind>(grad_mine, [&](int field, V value) { recent[field] = recent[field] + value; });
     }
+#pragma unroll
+    for (int field = 0; field < grad_fields_of(kKind); ++field) sums[field] = sums[field] + recent[field];
   }
   if (own >= s.own_count) return;
   T* const target = static_cast<T*>(s.sums) + part * grad_fields_of(kKind) * s.own_count + own;
-  target[0] = sum.x1.value;
-  target[s.own_count] = sum.y1.value;
-  target[2 * s.own_count] = sum.x2.value;
-  target[3 * s.own_count] = sum.y2.value;
-  target[4 * s.own_count] = sum.area.value;
-  if constexpr (kKind == Kind::kComplete) target[5 * s.own_count] = sum.angle.value;
+#pragma unroll
+  for (int field = 0; field < grad_fields_of(kKind); ++field) target[field * s.own_count] = sums[field].value;
 }
 
 // A thread owns one box, adds its chunks in order, and writes the gradient of the four numbers. One rounding.
@@ -150,17 +144,15 @@ __global__ void __launch_bounds__(kOwners) box_iou_finish_kernel(const __grid_co
   const int64_t box = int64_t(blockIdx.x) * kOwners + threadIdx.x;
   if (box >= s.batches * s.own_count) return;
   const int64_t batch = box / s.own_count, own = box % s.own_count;
-  BoxGrad<V> sum{};
+  CarefulSum<V> totals[grad_fields_of(kKind)];
   for (int64_t chunk = 0; chunk < s.chunks; ++chunk) {
     const T* const from =
         static_cast<const T*>(s.sums) + (batch * s.chunks + chunk) * grad_fields_of(kKind) * s.own_count + own;
-    sum.x1 = sum.x1 + V{from[0]};
-    sum.y1 = sum.y1 + V{from[s.own_count]};
-    sum.x2 = sum.x2 + V{from[2 * s.own_count]};
-    sum.y2 = sum.y2 + V{from[3 * s.own_count]};
-    sum.area = sum.area + V{from[4 * s.own_count]};
-    if constexpr (kKind == Kind::kComplete) sum.angle = sum.angle + V{from[5 * s.own_count]};
+#pragma unroll
+    for (int field = 0; field < grad_fields_of(kKind); ++field) totals[field].add(V{from[field * s.own_count]});
   }
+  BoxGrad<V> sum;
+  each_field<kKind>(sum, [&](int field, V& value) { value = totals[field].total(); });
   V c[4], out[4];
   load_coordinates<scalar_t>(s.own, batch * s.own_stride[0] + own * s.own_stride[1], s.own_stride[2], c);
   finish_gradient<kKind>(s.format, c, sum, constants_of<T>(0, s.eps, s.eps), out);

@@ -36,6 +36,8 @@ inline __attribute__((always_inline)) void dispatch_kind(Kind kind, const Body& 
   dispatch_loss(kind, body);
 }
 
+constexpr int kMaxGradFields = 6;
+
 // Arithmetic of one rounding per operation on CUDA, where the compiler would fuse multiplications with additions.
 template <typename T>
 struct Rounded {
@@ -62,6 +64,17 @@ template <typename V>
 struct BoxGrad {
   V x1, y1, x2, y2, area, angle;
 };
+
+// body(index, field) for the fields that the kind uses.
+template <Kind kKind, typename V, typename Body>
+PVK_HOST_DEVICE void each_field(BoxGrad<V>& grad, const Body& body) {
+  body(0, grad.x1);
+  body(1, grad.y1);
+  body(2, grad.x2);
+  body(3, grad.y2);
+  body(4, grad.area);
+  if constexpr (kKind == Kind::kComplete) body(5, grad.angle);
+}
 
 template <typename V>
 struct Constants {
@@ -140,6 +153,19 @@ PVK_HOST_DEVICE void finish_gradient(Format format, const V (&c)[4], const BoxGr
     out[3] = (grad.y2 - grad.y1) * constants.half + height;
   }
 }
+
+// A sum that carries what rounding takes from it.
+template <typename V>
+struct CarefulSum {
+  V sum{}, rest{};
+  PVK_HOST_DEVICE void add(V value) {
+    const V next = sum + value, added = next - sum;
+    rest = rest + ((sum - (next - added)) + (value - added));
+    sum = next;
+  }
+  // `rest` is NaN where the sum is not finite.
+  PVK_HOST_DEVICE V total() const { return rest == rest ? sum + rest : sum; }
+};
 
 // Of two boxes. The pairwise ops clamp sides at 0; the losses set the intersection to 0 where a side is not positive,
 // leave the enclosing box as it is, and add an epsilon to each denominator.

@@ -79,15 +79,4 @@ PVK_INLINE Constants<Vec<T>> constants_of(double union_eps, double enclosing_eps
   return Constants<Vec<T>>::make(union_eps, enclosing_eps, alpha_eps, [](double value) { return splat(T(value)); });
 }
 
-// body(index, field) for the fields that the kind uses.
-template <Kind kKind, typename V, typename Body>
-PVK_INLINE void each_field(BoxGrad<V>& grad, const Body& body) {
-  body(0, grad.x1);
-  body(1, grad.y1);
-  body(2, grad.x2);
-  body(3, grad.y2);
-  body(4, grad.area);
-  if constexpr (kKind == Kind::kComplete) body(5, grad.angle);
-}
-
 }  // namespace pvk::box_iou::PVK_ISA

@@ -35,7 +35,7 @@ def pairwise(boxes1: Tensor, boxes2: Tensor, kind: str, fmt: str = "xyxy", eps: 
     low1, high1, size1 = (part.unsqueeze(-2) for part in _corners(boxes1, fmt))  # [..., N, 1, 2]
     low2, high2, size2 = (part.unsqueeze(-3) for part in _corners(boxes2, fmt))  # [..., 1, M, 2]
     inter = _area((torch.min(high1, high2) - torch.max(low1, low2)).clamp(min=0))
-    union = _area(size1) + _area(size2) - inter
+    union = _area(size1) + (_area(size2) - inter)
     iou = inter / union
     if kind == "plain":
         return iou
