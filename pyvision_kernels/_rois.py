@@ -14,8 +14,13 @@ from pyvision_kernels._check import FLOATING, require
 MAX_SAMPLING_RATIO = 4096  # of samples per bin and axis: what is asked for beyond is a mistake, and would not end
 
 
-def check_input(op: str, input: Tensor, boxes: Tensor) -> None:
-    """What the boxes must be beside feature maps (or the output's gradient) in the dtype and on the device of input."""
+def check_map(op: str, input: Tensor, boxes: Tensor) -> None:
+    """What a feature map, or the gradient of pooled ones, and the boxes beside it must be."""
+    require(input.dim() == 4, op, "input to have 4 dimensions [N, C, H, W]", input.shape)
+    check_boxes(op, input, boxes)
+
+
+def check_boxes(op: str, input: Tensor, boxes: Tensor) -> None:
     require(boxes.dim() == 2 and boxes.size(1) == 5, op, "boxes to have size [K, 5]", boxes.shape)
     require(boxes.device == input.device, op, "boxes to be on the device of input", boxes.device)
     if input.dtype not in FLOATING:
@@ -57,7 +62,7 @@ def join_boxes(op: str, boxes: Tensor | Sequence[Tensor], input: Tensor) -> Tens
     return joined[0] if len(joined) == 1 else torch.cat(joined)
 
 
-def _split_boxes(boxes: Tensor, batches: int, images: int) -> Tensor:
+def split_boxes(boxes: Tensor, batches: int, images: int) -> Tensor:
     """[B, K, 5] -> [B * K, 5] over B * N images; an index outside its own N images becomes -1, which gives zeros."""
     boxes = boxes if boxes.dtype == torch.float64 else boxes.float()
     index = boxes[..., :1].trunc()
@@ -67,7 +72,7 @@ def _split_boxes(boxes: Tensor, batches: int, images: int) -> Tensor:
     return torch.cat([index, boxes[..., 1:]], -1).flatten(0, 1)
 
 
-def _with_batch(tensor: Tensor, dim: int | None, to: int, size: int) -> Tensor:
+def with_batch(tensor: Tensor, dim: int | None, to: int, size: int) -> Tensor:
     """The tensor with its vmap dimension at `to`; repeated where it has none."""
     if dim is not None:
         return tensor.movedim(dim, to)
@@ -84,15 +89,15 @@ def batch_forward(
 ) -> tuple[Tensor, int]:
     """Pooling under vmap, in one call of pool(features, boxes): the output and its vmap dimension."""
     if boxes_dim is None:  # the same boxes for all: fold the batch into the channels
-        folded = [_with_batch(item, dim, 1, size) for item, dim in zip(features, dims, strict=True)]
+        folded = [with_batch(item, dim, 1, size) for item, dim in zip(features, dims, strict=True)]
         out = pool([item.flatten(1, 2) for item in folded], boxes)
         return out.unflatten(1, (size, folded[0].size(2))), 1
     boxes = boxes.movedim(boxes_dim, 0)
     if all(dim is None for dim in dims):
         out = pool(list(features), boxes.flatten(0, 1))
     else:
-        folded = [_with_batch(item, dim, 0, size) for item, dim in zip(features, dims, strict=True)]
-        out = pool([item.flatten(0, 1) for item in folded], _split_boxes(boxes, size, folded[0].size(1)))
+        folded = [with_batch(item, dim, 0, size) for item, dim in zip(features, dims, strict=True)]
+        out = pool([item.flatten(0, 1) for item in folded], split_boxes(boxes, size, folded[0].size(1)))
     return out.unflatten(0, (size, boxes.size(1))), 0
 
 
@@ -108,10 +113,10 @@ def batch_backward(
 ) -> tuple[list[Tensor], list[int]]:
     """The same of gradient(grad, boxes, images, channels): each map's gradient and its vmap dimension."""
     if boxes_dim is None:
-        grads = gradient(_with_batch(grad, grad_dim, 1, size).flatten(1, 2), boxes, images, size * channels)
+        grads = gradient(with_batch(grad, grad_dim, 1, size).flatten(1, 2), boxes, images, size * channels)
         return [item.unflatten(1, (size, channels)) for item in grads], [1] * len(grads)
-    grad = _with_batch(grad, grad_dim, 0, size).flatten(0, 1)
-    boxes = _split_boxes(boxes.movedim(boxes_dim, 0), size, images)
+    grad = with_batch(grad, grad_dim, 0, size).flatten(0, 1)
+    boxes = split_boxes(boxes.movedim(boxes_dim, 0), size, images)
     grads = gradient(grad, boxes, size * images, channels)
     return [item.unflatten(0, (size, images)) for item in grads], [0] * len(grads)
 

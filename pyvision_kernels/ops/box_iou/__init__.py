@@ -129,7 +129,9 @@ def _overlap_of_any(op: str, boxes1: Tensor, boxes2: Tensor, kind: int, fmt: int
     """Leading dimensions, integers, two dtypes."""
     for name, boxes in (("boxes1", boxes1), ("boxes2", boxes2)):
         require(boxes.dim() >= 2 and boxes.size(-1) == 4, op, f"{name} to have size [..., 4]", boxes.shape)
-        if boxes.dtype not in FLOATING and (boxes.dtype == torch.bool or boxes.is_floating_point() or boxes.is_complex()):
+        if boxes.dtype not in FLOATING and (
+            boxes.dtype == torch.bool or boxes.is_floating_point() or boxes.is_complex()
+        ):
             raise NotImplementedError(
                 f"{op}: expected {name} to be float16, bfloat16, float32, float64 or of an integer type, "
                 f"but got {boxes.dtype}"

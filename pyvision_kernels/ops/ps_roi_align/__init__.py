@@ -12,7 +12,7 @@ from pyvision_kernels._rois import (
     batch_backward,
     batch_forward,
     cast_boxes,
-    check_input,
+    check_map,
     check_sampling,
     empty,
     is_channels_last,
@@ -24,8 +24,7 @@ def _check_all(
     op: str, map: Tensor, boxes: Tensor, channels: int, pooled: Sequence[int], sampling: Sequence[int]
 ) -> None:
     """`map`: the input, or the gradient of the output. `sampling`: what ps_roi_align has, and ps_roi_pool has not."""
-    require(map.dim() == 4, op, "input to have 4 dimensions [N, C, H, W]", map.shape)
-    check_input(op, map, boxes)
+    check_map(op, map, boxes)
     height, width = pooled
     require(
         channels % (height * width) == 0, op, f"input to have channels in a multiple of {height} * {width}", channels

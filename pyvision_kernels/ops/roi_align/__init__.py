@@ -12,7 +12,7 @@ from pyvision_kernels._rois import (
     batch_backward,
     batch_forward,
     cast_boxes,
-    check_input,
+    check_map,
     check_sampling,
     empty,
     is_channels_last,
@@ -23,20 +23,15 @@ from pyvision_kernels.ops.roi_align.multiscale import multiscale_roi_align
 __all__ = ["multiscale_roi_align", "roi_align"]
 
 
-def _check(input: Tensor, boxes: Tensor, op: str = "roi_align") -> None:
-    require(input.dim() == 4, op, "input to have 4 dimensions [N, C, H, W]", input.shape)
-    check_input(op, input, boxes)
-
-
 def _fake(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned):
-    _check(input, boxes)
+    check_map("roi_align", input, boxes)
     check_sampling("roi_align", sampling_ratio)
     size = (boxes.size(0), input.size(1), pooled_height, pooled_width)
     return empty(input, size, is_channels_last(input))
 
 
 def _fake_backward(grad, boxes, spatial_scale, batch_size, channels, height, width, sampling_ratio, aligned, last):
-    _check(grad, boxes, "_roi_align_backward")
+    check_map("_roi_align_backward", grad, boxes)
     check_sampling("_roi_align_backward", sampling_ratio)
     return empty(grad, (batch_size, channels, height, width), last)
 
@@ -149,6 +144,6 @@ def roi_align(
     require_tensors("roi_align", input=input)
     require(input.dim() == 4, "roi_align", "input to have 4 dimensions [N, C, H, W]", input.shape)
     boxes = join_boxes("roi_align", boxes, input)
-    _check(input, cast_boxes(input, boxes) if autocasts(input) else boxes)
+    check_map("roi_align", input, cast_boxes(input, boxes) if autocasts(input) else boxes)
     check_sampling("roi_align", sampling_ratio)
     return roi_align_op(input, boxes, spatial_scale, pooled_height, pooled_width, sampling_ratio, aligned)

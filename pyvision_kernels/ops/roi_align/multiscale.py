@@ -14,7 +14,7 @@ from pyvision_kernels._rois import (
     batch_backward,
     batch_forward,
     cast_boxes,
-    check_input,
+    check_boxes,
     check_sampling,
     empty,
     is_channels_last,
@@ -50,7 +50,7 @@ def _check_features(features: Sequence[Tensor], scales: Sequence[float]) -> None
 
 def _fake(features, boxes, scales, areas, pooled_height, pooled_width, sampling_ratio, aligned):
     _check_features(features, scales)
-    check_input(OP, features[0], boxes)
+    check_boxes(OP, features[0], boxes)
     check_sampling(OP, sampling_ratio)
     size = (boxes.size(0), features[0].size(1), pooled_height, pooled_width)
     return empty(features[0], size, is_channels_last(features[0]))
@@ -59,7 +59,7 @@ def _fake(features, boxes, scales, areas, pooled_height, pooled_width, sampling_
 def _fake_backward(
     grad, boxes, scales, areas, batch_size, channels, heights, widths, sampling_ratio, aligned, channels_last
 ):
-    check_input("_multiscale_roi_align_backward", grad, boxes)
+    check_boxes("_multiscale_roi_align_backward", grad, boxes)
     check_sampling("_multiscale_roi_align_backward", sampling_ratio)
     sizes = zip(heights, widths, strict=True)
     return [empty(grad, (batch_size, channels, height, width), channels_last) for height, width in sizes]
@@ -195,7 +195,7 @@ def multiscale_roi_align(
     _check_features(features, scales)
     first = features[0]
     boxes = join_boxes(OP, boxes, first)
-    check_input(OP, first, cast_boxes(first, boxes) if casts else boxes)
+    check_boxes(OP, first, cast_boxes(first, boxes) if casts else boxes)
     check_sampling(OP, sampling_ratio)
     scales = [float(scale) for scale in scales]
     areas = level_areas(OP, tuple(scales), canonical_scale, canonical_level, first.dtype == torch.float64)

@@ -9,20 +9,26 @@ from torch import Tensor
 
 from pyvision_kernels._check import as_pair, autocasts, require, require_tensors
 from pyvision_kernels._op import declare
-from pyvision_kernels.ops.roi_align import _cast, _check, _empty, _is_channels_last, _join_boxes, _split_boxes
+from pyvision_kernels._rois import (
+    cast_boxes,
+    check_map,
+    empty,
+    is_channels_last,
+    join_boxes,
+    split_boxes,
+    with_batch,
+)
 
 
 def _check_pixels(height: int, width: int, op: str = "roi_pool") -> None:
-    require(
-        height * width < 2**31, op, f"input to have fewer than {2**31} pixels a channel", f"{height} x {width}"
-    )
+    require(height * width < 2**31, op, f"input to have fewer than {2**31} pixels a channel", f"{height} x {width}")
 
 
 def _fake(input, boxes, spatial_scale, pooled_height, pooled_width):
-    _check(input, boxes, "roi_pool")
+    check_map("roi_pool", input, boxes)
     _check_pixels(*input.shape[2:])
     size = (boxes.size(0), input.size(1), pooled_height, pooled_width)
-    output = _empty(input, size, _is_channels_last(input))
+    output = empty(input, size, is_channels_last(input))
     return output, torch.empty_like(output, dtype=torch.int32)
 
 
@@ -30,13 +36,13 @@ def _fake_backward(
     grad, boxes, argmax, spatial_scale, pooled_height, pooled_width, batch_size, channels, height, width, last=False
 ):
     op = "_roi_pool_backward"
-    _check(grad, boxes, op)
+    check_map(op, grad, boxes)
     _check_pixels(height, width, op)
     size = [boxes.size(0), channels, pooled_height, pooled_width]
     for name, tensor in (("grad", grad), ("argmax", argmax)):
         require(list(tensor.shape) == size, op, f"{name} to have size {size}", tensor.shape)
     require(argmax.dtype == torch.int32, op, "argmax to be int32", argmax.dtype)
-    return _empty(grad, (batch_size, channels, height, width), last)
+    return empty(grad, (batch_size, channels, height, width), last)
 
 
 def _setup(ctx, inputs, output):
@@ -44,7 +50,7 @@ def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(boxes, output[1])
     ctx.input_size = input.shape
-    ctx.channels_last = _is_channels_last(input)
+    ctx.channels_last = is_channels_last(input)
 
 
 def _backward(ctx, grad, _):
@@ -83,7 +89,7 @@ def _vmap(info, in_dims, input, boxes, *rest):
         outputs = roi_pool_op(input, boxes.flatten(0, 1), *rest)
     else:
         input = input.movedim(in_dims[0], 0)
-        outputs = roi_pool_op(input.flatten(0, 1), _split_boxes(boxes, size, input.size(1)), *rest)
+        outputs = roi_pool_op(input.flatten(0, 1), split_boxes(boxes, size, input.size(1)), *rest)
     return tuple(out.unflatten(0, (size, boxes.size(1))) for out in outputs), (0, 0)
 
 
@@ -91,28 +97,22 @@ def _vmap_backward(info, in_dims, grad, boxes, argmax, scale, pooled_height, poo
     size = info.batch_size
     rest = (scale, pooled_height, pooled_width), rest
 
-    def moved(tensor: Tensor, dim: int | None, to: int) -> Tensor:
-        return tensor.movedim(dim, to) if dim is not None else tensor.unsqueeze(to).expand(*_inserted(tensor, to, size))
-
     if in_dims[1] is None:
-        grad, argmax = (moved(x, dim, 1).flatten(1, 2) for x, dim in ((grad, in_dims[0]), (argmax, in_dims[2])))
+        grad, argmax = (
+            with_batch(x, dim, 1, size).flatten(1, 2) for x, dim in ((grad, in_dims[0]), (argmax, in_dims[2]))
+        )
         out = roi_pool_backward_op(grad, boxes, argmax, *rest[0], images, size * channels, *rest[1])
         return out.unflatten(1, (size, channels)), 1
     boxes = boxes.movedim(in_dims[1], 0)
-    grad, argmax = (moved(x, dim, 0).flatten(0, 1) for x, dim in ((grad, in_dims[0]), (argmax, in_dims[2])))
+    grad, argmax = (with_batch(x, dim, 0, size).flatten(0, 1) for x, dim in ((grad, in_dims[0]), (argmax, in_dims[2])))
     out = roi_pool_backward_op(
-        grad, _split_boxes(boxes, size, images), argmax, *rest[0], size * images, channels, *rest[1]
+        grad, split_boxes(boxes, size, images), argmax, *rest[0], size * images, channels, *rest[1]
     )
     return out.unflatten(0, (size, images)), 0
 
 
-def _inserted(tensor: Tensor, dim: int, size: int) -> list[int]:
-    shape = list(tensor.shape)
-    return [*shape[:dim], size, *shape[dim:]]
-
-
-def _cast_backward(grad, boxes, *rest):
-    return *_cast(grad, boxes), *rest
+def _cast(input, boxes, *rest):
+    return input, cast_boxes(input, boxes), *rest
 
 
 roi_pool_backward_op = declare(
@@ -122,7 +122,7 @@ roi_pool_backward_op = declare(
     fake=_fake_backward,
     setup_context=_setup_double,
     backward=_backward_double,
-    autocast=_cast_backward,
+    autocast=_cast,
     vmap=_vmap_backward,
 )
 
@@ -172,7 +172,7 @@ def roi_pool(
     pooled_height, pooled_width = as_pair("roi_pool", "output_size", output_size)
     require_tensors("roi_pool", input=input)
     require(input.dim() == 4, "roi_pool", "input to have 4 dimensions [N, C, H, W]", input.shape)
-    boxes = _join_boxes(boxes, input)
-    _check(*(_cast(input, boxes) if autocasts(input) else (input, boxes)), "roi_pool")
+    boxes = join_boxes("roi_pool", boxes, input)
+    check_map("roi_pool", input, cast_boxes(input, boxes) if autocasts(input) else boxes)
     _check_pixels(*input.shape[2:])
     return roi_pool_op(input, boxes, spatial_scale, pooled_height, pooled_width)[0]
