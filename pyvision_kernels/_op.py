@@ -168,10 +168,9 @@ def _function(
         def backward(ctx: Any, *grads: Any) -> Any:
             grad_args = gradient(ctx, list(grads)) if op.contract.returns_list else gradient(ctx, *grads)
             grad_args = grad_args if isinstance(grad_args, tuple) else (grad_args,)
-            whole = zip(grad_args, ctx.layout, strict=True)
-            return None, *_flatten(
-                tuple([None] * length if grad is None and length else grad for grad, length in whole)
-            )[1]
+            pairs = zip(grad_args, ctx.layout, strict=True)
+            lists = ([None] * length if grad is None and length is not None else grad for grad, length in pairs)
+            return None, *_flatten(tuple(lists))[1]
 
         if batch is not None:
 

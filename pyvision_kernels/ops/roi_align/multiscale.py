@@ -79,7 +79,11 @@ def _backward(ctx, grad):
     sizes = (ctx.batch_size, ctx.channels, ctx.heights, ctx.widths)
     options = (ctx.sampling_ratio, ctx.aligned, ctx.channels_last)
     grads = multiscale_backward_op(grad, boxes, ctx.scales, ctx.areas, *sizes, *options)
-    return list(grads), *(None,) * 7
+    return list(grads), None, None, _no_gradient(ctx.areas), *(None,) * 4
+
+
+def _no_gradient(numbers):
+    return None if numbers else []  # torch takes an empty list for one of Tensors, and wants its structure back
 
 
 def _setup_double(ctx, inputs, output):
@@ -91,7 +95,7 @@ def _setup_double(ctx, inputs, output):
 def _backward_double(ctx, grads):
     (boxes,) = ctx.saved_tensors
     options = (ctx.scales, ctx.areas, *ctx.pooled, ctx.sampling_ratio, ctx.aligned)
-    return multiscale_op(list(grads), boxes, *options), *(None,) * 10
+    return multiscale_op(list(grads), boxes, *options), None, None, _no_gradient(ctx.areas), *(None,) * 7
 
 
 def _cast(features, boxes, *rest):
