@@ -12,7 +12,7 @@
 #include "core/parallel.h"
 #include "core/simd.h"
 #include "core/transpose.h"
-#include "ops/ps_roi_align/taps.h"
+#include "ops/ps_roi_align/cpu_taps.h"
 
 namespace pvk::ps_roi_align {
 namespace PVK_ISA {
@@ -21,6 +21,7 @@ namespace {
 constexpr int64_t kGroup = 16;               // planes that are handled together: a cache line of the pooled tensor
 constexpr int64_t kBlock = 512;              // RoIs whose bins are held before they are transposed
 constexpr int64_t kPitch = kBlock + kGroup;  // load_tile writes whole vectors
+constexpr int64_t kMostRois = 8192;          // of a forward's tables
 constexpr int64_t kPieceWork = 16384;        // bins that are worth a thread
 constexpr int64_t kScratchBytes = 1 << 20;   // of planes that are held at a time, about
 
@@ -217,8 +218,8 @@ void forward_typed(const PsRoiParams& p) {
   for (int64_t i = starts[p.N]; i < p.K; ++i)
     for (int64_t j = 0; j < size; ++j) pooled[order[i] * size + j] = from_float<scalar_t>(T(0));
   for (int64_t n = 0; n < p.N; ++n) {
-    const int64_t count = starts[n + 1] - starts[n];
-    if (count > 0) forward_image<scalar_t>(p, rois.data(), order.data() + starts[n], count, n);
+    for (int64_t i = starts[n]; i < starts[n + 1]; i += kMostRois)
+      forward_image<scalar_t>(p, rois.data(), order.data() + i, min_of(kMostRois, starts[n + 1] - i), n);
   }
 }
 

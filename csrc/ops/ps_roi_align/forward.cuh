@@ -89,7 +89,7 @@ PVK_DEVICE T sum_by_samples(const PsRoiParams& p, const scalar_t* plane, const R
 // A block owns a RoI and a chunk of planes, a thread every 256th plane: neighbours write neighbours of the output.
 // Map: any strides. Sums in opmath_t, in a fixed order; one division by the number of samples or pixels.
 template <typename scalar_t>
-__global__ void __launch_bounds__(kBlockThreads, 4)
+__global__ void __launch_bounds__(kBlockThreads, 3)
     ps_roi_align_forward_kernel(const __grid_constant__ PsRoiParams p, int chunk) {
   using T = opmath_t<scalar_t>;
   SIMT_SHARED(Roi<T>, roi);
