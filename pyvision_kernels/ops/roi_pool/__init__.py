@@ -13,9 +13,8 @@ from pyvision_kernels.ops.roi_align import _cast, _check, _empty, _is_channels_l
 
 
 def _check_pixels(height: int, width: int, op: str = "roi_pool") -> None:
-    require(
-        height * width < 2**31, op, f"input to have fewer than {2**31} pixels a channel", f"{height} x {width}"
-    )
+    if height * width >= 2**31:
+        require(False, op, f"input to have fewer than {2**31} pixels a channel", f"{height} x {width}")
 
 
 def _fake(input, boxes, spatial_scale, pooled_height, pooled_width):

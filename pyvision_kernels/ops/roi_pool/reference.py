@@ -10,9 +10,7 @@ from torch import Tensor
 LOWEST = torch.finfo(torch.float32).min
 
 
-def roi_pool(
-    input: Tensor, boxes: Tensor, output_size: int | tuple[int, int], spatial_scale: float = 1.0
-) -> Tensor:
+def roi_pool(input: Tensor, boxes: Tensor, output_size: int | tuple[int, int], spatial_scale: float = 1.0) -> Tensor:
     """[N, C, H, W], [K, 5] -> [K, C, PH, PW]. Bins are found in the dtype of ``input``."""
     pooled = (output_size, output_size) if isinstance(output_size, int) else output_size
     edges = boxes[:, 1:].to(input.dtype) * torch.tensor(spatial_scale, dtype=input.dtype)
