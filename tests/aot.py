@@ -58,6 +58,16 @@ OPCODES = {
         ("roi_align_backward_channels_kernel<float, 4", r"LDG\.E\.128", "16-byte loads of the gradient"),
         ("roi_align_backward_channels_kernel<float, 4", r"STG\.E\.128", "16-byte stores of the gradient"),
     ],
+    "roi_pool": [
+        ("roi_pool_forward_channels_kernel<float, 4", r"LDG\.E\.128", "16-byte loads of the map"),
+        ("roi_pool_forward_channels_kernel<float, 4", r"STG\.E\.128", "16-byte stores of values and places"),
+        ("roi_pool_forward_channels_kernel<__nv_bfloat16, 8", r"LDG\.E\.128", "16-byte loads of the map"),
+    ],
+    "sigmoid_focal_loss": [
+        ("sigmoid_focal_loss_forward_kernel<float, 4", r"LDG\.E\.128", "16-byte loads"),
+        ("sigmoid_focal_loss_backward_kernel<float, 4", r"STG\.E\.128", "16-byte stores"),
+        ("sigmoid_focal_loss_partials_kernel<__nv_bfloat16, 8", r"LDG\.E\.128", "16-byte loads"),
+    ],
     "nms": [
         ("nms_resolve_kernel", r"REDUX\.OR", "mask words are merged by the warp's own reduction"),
         ("nms_compare_kernel<float>", r"LDS\.128", "a box is one shared-memory read"),
@@ -69,6 +79,8 @@ FORBIDDEN = {
     "ps_roi_align": [("ps_roi_align_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
     "nms": [("nms_soft_", r"\b(ATOMG?|RED)\.", "scores are decayed in one order: no atomics, deterministic")],
     "roi_align": [("roi_align_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
+    "roi_pool": [("roi_pool_", r"\b(ATOM[GS]?|RED)\.", "a lane owns the pixels it adds to: no atomics, deterministic")],
+    "sigmoid_focal_loss": [("sigmoid_focal_loss_", r"\b(ATOMG?|RED)\.", "partial sums are added in order")],
 }
 
 

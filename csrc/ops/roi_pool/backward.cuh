@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(kBackwardThreads)
       for (int u = 0; u < kLoads; ++u) {
         const unsigned below = unsigned(place[u]) - corner;  // wraps where the place is above the tile
         const unsigned row = below / W, column = below - row * W - unsigned(x0);
-        if (place[u] >= 0 && row < ROWS && column < COLUMNS) sums[row * COLUMNS + column][lane] += to_opmath(gradient[u]);
+        if (place[u] >= 0 && row < ROWS && column < COLUMNS)
+          sums[row * COLUMNS + column][lane] += to_opmath(gradient[u]);
       }
     }
   };

@@ -19,6 +19,7 @@ using namespace pvk::PVK_ISA;
 constexpr int kMaxVecs = 4;         // vectors of a channel block
 constexpr int64_t kSegment = 16;    // columns that are packed together
 constexpr int64_t kTileItems = 64;  // bins that are held lane-major at a time, about
+constexpr int64_t kShareRois = 16;  // RoIs that are worth another copy of the map
 
 // RoIs by image, ascending: those of image n are order[starts[n] .. starts[n + 1]); from starts[N] on lie those whose
 // result is zeros.
@@ -207,8 +208,7 @@ struct PackedBlock {
     const int64_t segments = ceil_div(p.W, kSegment);
     Buffer<uint8_t> touched(p.H * segments);
     mark_touched(p, rois, begin, end, touched.data());
-    const scalar_t* map =
-        static_cast<const scalar_t*>(p.map) + image * p.map_stride[0] + channel * p.map_stride[1];
+    const scalar_t* map = static_cast<const scalar_t*>(p.map) + image * p.map_stride[0] + channel * p.map_stride[1];
     for (int64_t y = 0; y < p.H; ++y) {
       const uint8_t* flags = &touched[y * segments];
       for (int64_t s = 0; s < segments; ++s) {
@@ -276,7 +276,7 @@ template <typename scalar_t, typename T>
 void forward_packed(const RoiPoolParams& p, const Rois<T>& rois) {
   constexpr int64_t kWidth = kMaxVecs * kLanes<T>;
   const int64_t blocks = ceil_div(p.C, kWidth);
-  const int64_t shares = ceil_div(2 * thread_count(), p.N * blocks);
+  const int64_t shares = min_of(ceil_div(2 * thread_count(), p.N * blocks), ceil_div(p.K, kShareRois));
   parallel_for(p.N * blocks * shares, 1, [&](int64_t first, int64_t stop) {
     for (int64_t task = first; task < stop; ++task) {
       const int64_t share = task % shares, block = task / shares % blocks, image = task / shares / blocks;

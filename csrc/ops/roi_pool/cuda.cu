@@ -35,8 +35,8 @@ void forward_channels(const RoiPoolParams& p, Stream stream) {
   const int64_t passes = ceil_div(p.C, kPass);
   const int64_t chunks = min_of(min_of(passes, kMaxGridYZ), ceil_div(kEnoughBlocks, p.K));
   const int64_t channels = ceil_div(passes, chunks) * kPass, grid_y = ceil_div(p.C, channels);
-  const int64_t grid_z = max_of(int64_t(1), min_of(ceil_div(kEnoughBlocks, p.K * grid_y),
-                                                   ceil_div(p.PH * p.PW, int64_t(kWarps))));
+  const int64_t grid_z =
+      max_of(int64_t(1), min_of(ceil_div(kEnoughBlocks, p.K * grid_y), ceil_div(p.PH * p.PW, int64_t(kWarps))));
   const bool vector_store = VEC % 4 == 0 && allows_vectors<scalar_t>(p.pooled, p.pooled_stride, p.C);
   launch(roi_pool_forward_channels_kernel<scalar_t, VEC>,
          {dim3(unsigned(p.K), unsigned(grid_y), unsigned(grid_z)), dim3(kBlockThreads), 0, stream}, p, channels,
@@ -64,8 +64,8 @@ template <typename scalar_t, int ROWS, int COLUMNS>
 void backward_tiles(const RoiPoolParams& p, Stream stream) {
   const int64_t tiles = count_tiles(p, ROWS, COLUMNS), blocks = ceil_div(tiles, int64_t(kBackwardWarps));
   check_size(blocks, "the number of tiles of input");
-  launch(roi_pool_backward_kernel<scalar_t, ROWS, COLUMNS>,
-         {dim3(unsigned(blocks)), dim3(kBackwardThreads), 0, stream}, p, tiles);
+  launch(roi_pool_backward_kernel<scalar_t, ROWS, COLUMNS>, {dim3(unsigned(blocks)), dim3(kBackwardThreads), 0, stream},
+         p, tiles);
 }
 
 }  // namespace
