@@ -24,9 +24,40 @@ struct SoftChunk {
 
 template <typename T>
 T largest(Vec<T> values) {
-  T result = values[0];
-  for (int lane = 1; lane < kLanes<T>; ++lane) result = max_of(result, values[lane]);
-  return result;
+  T lanes[kLanes<T>];
+  store(lanes, values);
+  for (int half = kLanes<T> / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) lanes[lane] = max_of(lanes[lane], lanes[lane + half]);
+  return lanes[0];
+}
+
+// As exp_of_negative of nms.h, with the same roundings; of NaN 0.
+PVK_INLINE Vec<double> exp_of_negative(Vec<double> exact) {
+  typedef int32_t Exponents __attribute__((vector_size(kRegisterBytes / 2)));
+  const Mask<double> inside = exact > kLowestExponent;
+  const Vec<double> x = inside ? exact : splat(kLowestExponent);
+  const Exponents k = __builtin_convertvector(x * kLog2E + -0.5, Exponents);
+  const Vec<double> whole = __builtin_convertvector(k, Vec<double>);
+  const Vec<double> r = x - whole * kLn2High - whole * kLn2Low;
+  Vec<double> sum = splat(kInverseFactorials[13]);
+  for (int i = 12; i >= 0; --i) sum = sum * r + kInverseFactorials[i];
+  const Exponents half = k / 2;
+  const Vec<double> first = (Vec<double>)((__builtin_convertvector(half, Mask<double>) + 1023) << 52);
+  const Vec<double> second = (Vec<double>)((__builtin_convertvector(k - half, Mask<double>) + 1023) << 52);
+  return inside ? sum * first * second : Vec<double>{};
+}
+
+PVK_INLINE Vec<double> gaussian(Vec<double> iou, double sigma) {
+  return exp_of_negative(-(iou * iou / sigma));
+}
+PVK_INLINE Vec<float> gaussian(Vec<float> iou, double sigma) {
+  typedef float Half __attribute__((vector_size(kRegisterBytes / 2)));
+  Half halves[2];
+  std::memcpy(halves, &iou, sizeof(iou));
+  for (Half& half : halves)
+    half = __builtin_convertvector(gaussian(__builtin_convertvector(half, Vec<double>), sigma), Half);
+  std::memcpy(&iou, halves, sizeof(iou));
+  return iou;
 }
 
 // The boxes of one group.
@@ -37,7 +68,7 @@ class SoftGroup {
   static constexpr T kInfinity = __builtin_inf();
 
  public:
-  explicit SoftGroup(const SoftNmsParams& p) : p_(p) {}
+  explicit SoftGroup(const SoftNmsParams& p) : p_(p), threshold_(floor_to<T>(p.iou_threshold)) {}
 
   // Writes the score with which each box is selected; those that never are keep what they have.
   void run(const int64_t* members, int64_t count) {
@@ -182,12 +213,17 @@ class SoftGroup {
     if (!any<T>(overlap)) return;
     const Vec<T> inter = w * h;
     const Vec<T> iou = inter / (splat(box.area) + load(chunk.area) - inter);
-    for (int lane = 0; lane < kL; ++lane)
-      if (overlap[lane]) chunk.score[lane] = decay(chunk.score[lane], T(iou[lane]), p_);
-    best_[c] = largest<T>(max_vec(splat(-kInfinity), load(chunk.score)));
+    // As decay() of nms.h.
+    const Vec<T> score = load(chunk.score);
+    const Mask<T> concerned = overlap & (p_.gaussian ? iou > zero : (iou > zero) & (iou > splat(threshold_)));
+    const Vec<T> factor = p_.gaussian ? gaussian(iou, p_.sigma) : splat(T(1)) - iou;
+    const Vec<T> decayed = concerned ? score * factor : score;
+    store(chunk.score, decayed);
+    best_[c] = largest<T>(max_vec(splat(-kInfinity), decayed));
   }
 
   const SoftNmsParams& p_;
+  const T threshold_;  // of linear decay
   int64_t chunks_ = 0;
   Buffer<SoftChunk<T>> chunk_;
   Buffer<T> x1_, y1_, x2_, y2_, best_;  // of each chunk: bounds, and the best score

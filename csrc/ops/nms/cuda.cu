@@ -131,7 +131,7 @@ template <typename T>
 PVK_DEVICE void find_pairs(const NmsParams& p, int64_t image, const Scratch& scratch, int64_t first, int row_chunk,
                            int column_chunk, Stage<T>& stage) {
   constexpr int kColumns = kChunk * kChunk / kThreads;
-  constexpr int kUnroll = sizeof(T) == sizeof(float) ? kColumns : 1;  // doubles would spill
+  [[maybe_unused]] constexpr int kUnroll = sizeof(T) == sizeof(float) ? kColumns : 1;  // doubles would spill
   const int64_t first_row = first + row_chunk * kChunk, first_column = first + column_chunk * kChunk;
   const int columns = int(min_of(p.N - first_column, int64_t(kChunk)));
   if (int(threadIdx.x) < columns) {

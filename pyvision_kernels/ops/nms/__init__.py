@@ -115,7 +115,9 @@ def _require(op: str, boxes: Tensor, scores: Tensor, idxs: Tensor | None, batche
         require_tensors(op, idxs=idxs)
         if idxs.dtype in SIGNED:
             idxs = idxs.view(SIGNED[idxs.dtype])
-    _check(op, *(_cast(boxes, scores) if autocasts(boxes) else (boxes, scores)), idxs, batched)
+    if autocasts(boxes):
+        boxes, scores = _cast(boxes, scores)
+    _check(op, boxes, scores, idxs, batched)
     return idxs
 
 
