@@ -58,6 +58,12 @@ OPCODES = {
         ("roi_align_backward_channels_kernel<float, 4", r"LDG\.E\.128", "16-byte loads of the gradient"),
         ("roi_align_backward_channels_kernel<float, 4", r"STG\.E\.128", "16-byte stores of the gradient"),
     ],
+    "box_iou": [
+        ("box_iou_forward_kernel<float", r"LDS\.128", "a row's box is read by vectors"),
+    ],
+    "generalized_box_iou_loss": [
+        ("box_iou_loss_backward_kernel<float", r"STG\.E\.128", "a box's gradient is one 16-byte store"),
+    ],
     "nms": [
         ("nms_resolve_kernel", r"REDUX\.OR", "mask words are merged by the warp's own reduction"),
         ("nms_suppress_kernel<float>", r"LDS\.128", "a kept box is one shared-memory read"),
@@ -66,6 +72,8 @@ OPCODES = {
 }
 # op -> (kernel, as a prefix; instruction; why it must not be there)
 FORBIDDEN = {
+    "box_iou": [("box_iou_", r"\b(ATOMG?|RED)\.", "sums are in one order: no atomics")],
+    "generalized_box_iou_loss": [("box_iou_loss_", r"\b(ATOMG?|RED)\.", "sums are in one order: no atomics")],
     "roi_align": [("roi_align_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
 }
 
