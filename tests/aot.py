@@ -67,6 +67,11 @@ OPCODES = {
         ("sigmoid_focal_loss_forward_kernel<float, 4", r"LDG\.E\.128", "16-byte loads"),
         ("sigmoid_focal_loss_backward_kernel<float, 4", r"STG\.E\.128", "16-byte stores"),
         ("sigmoid_focal_loss_partials_kernel<__nv_bfloat16, 8", r"LDG\.E\.128", "16-byte loads"),
+    "box_iou": [
+        ("box_iou_forward_kernel<float", r"LDS\.128", "a row's box is read by vectors"),
+    ],
+    "generalized_box_iou_loss": [
+        ("box_iou_loss_backward_kernel<float", r"STG\.E\.128", "a box's gradient is one 16-byte store"),
     ],
     "nms": [
         ("nms_resolve_kernel", r"REDUX\.OR", "mask words are merged by the warp's own reduction"),
@@ -78,6 +83,8 @@ OPCODES = {
 FORBIDDEN = {
     "ps_roi_align": [("ps_roi_align_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
     "nms": [("nms_soft_", r"\b(ATOMG?|RED)\.", "scores are decayed in one order: no atomics, deterministic")],
+    "box_iou": [("box_iou_", r"\b(ATOMG?|RED)\.", "sums are in one order: no atomics")],
+    "generalized_box_iou_loss": [("box_iou_loss_", r"\b(ATOMG?|RED)\.", "sums are in one order: no atomics")],
     "roi_align": [("roi_align_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
     "roi_pool": [("roi_pool_", r"\b(ATOM[GS]?|RED)\.", "a lane owns the pixels it adds to: no atomics, deterministic")],
     "sigmoid_focal_loss": [("sigmoid_focal_loss_", r"\b(ATOMG?|RED)\.", "partial sums are added in order")],

@@ -265,16 +265,15 @@ void backward_tiles(const BoxIouParams& p, Fields<T>& fields1, Fields<T>& fields
       T* const row_sums = kNeed1 ? plan.sums1.of(batch * plan.tiles + tile) : nullptr;
       T* const column_sums = kNeed2 ? plan.sums2.of(batch * plan.chunks + chunk) + begin : nullptr;
       for (int64_t i = first_row; i < row_end; ++i) {
-        const T* grad = static_cast<const T*>(p.grad) + batch * p.grad_stride[0] + i * p.grad_stride[1] +
-                        begin * p.grad_stride[2];
+        const T* grad =
+            static_cast<const T*>(p.grad) + batch * p.grad_stride[0] + i * p.grad_stride[1] + begin * p.grad_stride[2];
         if (p.grad_stride[2] != 1) {
           for (int64_t j = 0; j < end - begin; ++j) copy[j] = grad[j * p.grad_stride[2]];
           grad = copy;
         }
         const Box<Vec<T>> a = splat_box<kKind, T>(fields1.of(batch) + i, fields1.pitch);
         backward_row<T, kKind, kNeed1, kNeed2>(a, fields2.of(batch), fields2.pitch, begin, end, grad, constants,
-                                               kNeed1 ? row_sums + i : nullptr, fields1.pitch,
-                                               recent.data());
+                                               kNeed1 ? row_sums + i : nullptr, fields1.pitch, recent.data());
         if (kNeed2 && ((i + 1 - first_row) % kCascade == 0 || i + 1 == row_end))
           flush<T, kKind>(recent.data(), column_sums, fields2.pitch, end - begin, i - first_row < kCascade);
       }

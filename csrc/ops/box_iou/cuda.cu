@@ -12,12 +12,12 @@ namespace pvk::box_iou {
 namespace {
 
 constexpr int kWarps = 8, kBlockThreads = kWarps * kWarpSize;
-constexpr int kColumns = 4;              // of a lane: 128 columns a block
-constexpr int kRows = 64;                // of a block
-constexpr int kOwners = 128;             // boxes of a block of the backward: its threads
-constexpr int kOthers = 32;              // boxes that are in shared memory at a time
-constexpr int64_t kChunk = 256;          // others of a block, at least
-constexpr int64_t kMaxChunks = 256;      // so that the partial sums stay small
+constexpr int kColumns = 4;          // of a lane: 128 columns a block
+constexpr int kRows = 64;            // of a block
+constexpr int kOwners = 128;         // boxes of a block of the backward: its threads
+constexpr int kOthers = 32;          // boxes that are in shared memory at a time
+constexpr int64_t kChunk = 256;      // others of a block, at least
+constexpr int64_t kMaxChunks = 256;  // so that the partial sums stay small
 constexpr int64_t kMaxGrid = 2147483647;
 
 // A lane owns kColumns columns 32 apart and keeps their boxes, a warp every eighth row of the block's 64. Stores of a

@@ -174,12 +174,12 @@ struct Pair {
   V width, height;  // of the intersection, not clamped
   V inter_width, inter_height, inter;
   V joined, divisor, iou;
-  V enclosing_width, enclosing_height;          // not clamped
-  V clamped_width, clamped_height;              // of the enclosing box
-  V enclosing, penalty;                         // area or squared diagonal, with its epsilon; what is subtracted
-  V area;                                       // of the enclosing box: kGeneralized
-  V dx, dy, squared_distance;                   // of the centres
-  V turn, alpha, v;                             // difference of the angles
+  V enclosing_width, enclosing_height;  // not clamped
+  V clamped_width, clamped_height;      // of the enclosing box
+  V enclosing, penalty;                 // area or squared diagonal, with its epsilon; what is subtracted
+  V area;                               // of the enclosing box: kGeneralized
+  V dx, dy, squared_distance;           // of the centres
+  V turn, alpha, v;                     // difference of the angles
 
   PVK_HOST_DEVICE Pair(const Box<V>& a, const Box<V>& b, const Constants<V>& c) {
     const V zero{};
@@ -250,8 +250,8 @@ struct Pair {
     }
     share(a.x1 > b.x1, a.x1 < b.x1, grad_iw, grad_w, c, grad_a.x1, grad_b.x1);
     share(a.y1 > b.y1, a.y1 < b.y1, grad_ih, grad_h, c, grad_a.y1, grad_b.y1);
-    share(a.x2 < b.x2, a.x2 > b.x2, grad_iw, grad_w, c, grad_a.x2, grad_b.x2);
-    share(a.y2 < b.y2, a.y2 > b.y2, grad_ih, grad_h, c, grad_a.y2, grad_b.y2);
+    share(a.x2<b.x2, a.x2> b.x2, grad_iw, grad_w, c, grad_a.x2, grad_b.x2);
+    share(a.y2<b.y2, a.y2> b.y2, grad_ih, grad_h, c, grad_a.y2, grad_b.y2);
     settle(grad_a, -grad_cx, -grad_cy);
     settle(grad_b, grad_cx, grad_cy);
     grad_a.area = grad_b.area = grad_joined;

@@ -52,9 +52,8 @@ PVK_INLINE void store_boxes(scalar_t* target, int64_t count, const Vec<T> (&c)[4
   const TransposeMasks<T> masks;
   const Vec<T> x_low = __builtin_shuffle(c[0], c[2], masks.low), x_high = __builtin_shuffle(c[0], c[2], masks.high);
   const Vec<T> y_low = __builtin_shuffle(c[1], c[3], masks.low), y_high = __builtin_shuffle(c[1], c[3], masks.high);
-  const Vec<T> rows[4] = {
-      __builtin_shuffle(x_low, y_low, masks.low), __builtin_shuffle(x_low, y_low, masks.high),
-      __builtin_shuffle(x_high, y_high, masks.low), __builtin_shuffle(x_high, y_high, masks.high)};
+  const Vec<T> rows[4] = {__builtin_shuffle(x_low, y_low, masks.low), __builtin_shuffle(x_low, y_low, masks.high),
+                          __builtin_shuffle(x_high, y_high, masks.low), __builtin_shuffle(x_high, y_high, masks.high)};
   if (count >= kSide) {
     for (int i = 0; i < 4; ++i) store(target + i * kSide, rows[i]);
     return;

@@ -1,7 +1,7 @@
 // Losses of box regression on the CPU: kLanes pairs at a time, each read once and written once.
 //
-// A reduced loss is a sum over blocks of fixed size in T, added in order in double: it does not depend on the number of
-// threads.
+// A reduced loss is a sum over blocks of fixed size, added in order, with the rounding carried along: it does not
+// depend on the number of threads.
 #include "core/buffer.h"
 #include "core/dispatch.h"
 #include "core/isa.h"
@@ -16,8 +16,8 @@ namespace {
 using namespace pvk::box_iou;
 using namespace pvk::box_iou::PVK_ISA;
 
-constexpr int64_t kBlock = 512;        // pairs whose losses are added up together
-constexpr int64_t kPieceBlocks = 4;    // less is not worth a thread
+constexpr int64_t kBlock = 512;      // pairs whose losses are added up together
+constexpr int64_t kPieceBlocks = 4;  // less is not worth a thread
 
 // kLanes pairs from i on, fewer at the end: the other lanes are boxes of zeros.
 template <typename scalar_t, Kind kKind>
@@ -54,30 +54,31 @@ void forward_kind(const LossParams& p) {
     for (int64_t block = first; block < last; ++block) {
       const int64_t end = min_of((block + 1) * kBlock, p.N);
       T lanes[kLanes<T>];
-      Vec<T> sum{};
+      CarefulSum<Vec<T>> sum;
       for (int64_t i = block * kBlock; i < end; i += kLanes<T>) {
         const Lanes<scalar_t, kKind> pairs(p, i, constants);
         Vec<T> value = Pair<kKind, true, Vec<T>>(pairs.a, pairs.b, constants).value(constants);
         if (!reduced) {
           store_some(loss + i, value, end - i);
         } else if (end - i >= kLanes<T>) {
-          sum += value;
+          sum.add(value);
         } else {
           Vec<T> rest{};
           std::memcpy(&rest, &value, size_t(end - i) * sizeof(T));
-          sum += rest;
+          sum.add(rest);
         }
       }
       if (!reduced) continue;
-      store(lanes, sum);
-      for (int half = kLanes<T> / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-      sums[block] = lanes[0];
+      store(lanes, sum.total());
+      CarefulSum<T> all;
+      for (int lane = 0; lane < kLanes<T>; ++lane) all.add(lanes[lane]);
+      sums[block] = all.total();
     }
   });
   if (!reduced) return;
-  double total = 0;
-  for (int64_t block = 0; block < blocks; ++block) total += double(sums[block]);
+  CarefulSum<double> all;
+  for (int64_t block = 0; block < blocks; ++block) all.add(double(sums[block]));
+  const double total = all.total();
   *loss = T(p.reduction == Reduction::kMean && p.N > 0 ? total / double(p.N) : total);
 }
 

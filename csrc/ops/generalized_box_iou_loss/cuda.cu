@@ -99,8 +99,7 @@ __global__ void __launch_bounds__(kThreads) box_iou_loss_backward_kernel(const _
   if (p.reduction == Reduction::kMean) of_loss = of_loss / V{T(p.N)};
   const PairOfBoxes<scalar_t, kKind> pair(p, i, constants);
   BoxGrad<V> grad_a, grad_b;
-  Pair<kKind, true, V>(pair.a, pair.b, constants)
-      .gradient(pair.a, pair.b, constants, -of_loss, grad_a, grad_b);
+  Pair<kKind, true, V>(pair.a, pair.b, constants).gradient(pair.a, pair.b, constants, -of_loss, grad_a, grad_b);
   V out[4];
   if (p.grad1 != nullptr) {
     finish_gradient<kKind>(Format::kXyxy, pair.c1, grad_a, constants, out);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -70,7 +72,7 @@ def _backward_double(ctx, grad1, grad2):
         gradients = torch.func.vjp(loss, boxes1, boxes2)[1](grad)
         return [gradient for gradient, need in zip(gradients, (need1, need2), strict=True) if need]
 
-    _, pull = torch.func.vjp(first, *ctx.saved_tensors)
+    pull: Any = torch.func.vjp(first, *ctx.saved_tensors)[1]
     return *pull([grad for grad, need in ((grad1, need1), (grad2, need2)) if need]), *(None,) * 5
 
 

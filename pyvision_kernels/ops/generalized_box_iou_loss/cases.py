@@ -33,11 +33,11 @@ def _case(
     leading = rest.pop("leading", None)
 
     def make(generator: torch.Generator) -> Inputs:
-        boxes = make_pairs(generator, count, ties)
+        boxes = list(make_pairs(generator, count, ties))
         if extra is not None:
-            boxes = tuple(torch.cat([b, torch.tensor(e, dtype=b.dtype)]) for b, e in zip(boxes, extra, strict=True))
+            boxes = [torch.cat([b, torch.tensor(e, dtype=b.dtype)]) for b, e in zip(boxes, extra, strict=True)]
         if leading is not None:
-            boxes = tuple(b.reshape(*leading, 4) for b in boxes)
+            boxes = [b.reshape(*leading, 4) for b in boxes]
         return {"boxes1": boxes[0], "boxes2": boxes[1], "reduction": reduction, **options}
 
     return Case(name, make, **rest)
