@@ -67,6 +67,7 @@ OPCODES = {
         ("sigmoid_focal_loss_forward_kernel<float, 4", r"LDG\.E\.128", "16-byte loads"),
         ("sigmoid_focal_loss_backward_kernel<float, 4", r"STG\.E\.128", "16-byte stores"),
         ("sigmoid_focal_loss_partials_kernel<__nv_bfloat16, 8", r"LDG\.E\.128", "16-byte loads"),
+    ],
     "box_iou": [
         ("box_iou_forward_kernel<float", r"LDS\.128", "a row's box is read by vectors"),
     ],

@@ -21,12 +21,8 @@ from pyvision_kernels._rois import (
 
 
 def _check_pixels(height: int, width: int, op: str = "roi_pool") -> None:
-<<<<<<< HEAD
-    require(height * width < 2**31, op, f"input to have fewer than {2**31} pixels a channel", f"{height} x {width}")
-=======
     if height * width >= 2**31:
         require(False, op, f"input to have fewer than {2**31} pixels a channel", f"{height} x {width}")
->>>>>>> pool
 
 
 def _fake(input, boxes, spatial_scale, pooled_height, pooled_width):
