@@ -81,8 +81,37 @@ def _roi_align_backward(
     return _ours("_roi_align_backward", grad, rois, spatial_scale, *size, sampling_ratio, aligned, False)
 
 
+def _roi_pool(input: Tensor, rois: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    output, argmax = _ours("roi_pool", input, rois, *rest)
+    return output.contiguous(), argmax.contiguous()
+
+
+def _position_sensitive(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    def forward(input: Tensor, rois: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        output = _ours(name, input, rois, *rest).contiguous()
+        # The channel that each element was read from: torchvision hands it to the gradient.
+        _, channels, height, width = output.shape
+        mapping = torch.arange(channels * height * width, dtype=torch.int32, device=input.device)
+        return output, mapping.view(1, channels, height, width).expand(output.shape).contiguous()
+
+    return forward
+
+
+def _position_sensitive_backward(name: str) -> Callable[..., Tensor]:
+    def backward(grad: Tensor, rois: Tensor, channel_mapping: Tensor, *rest: Any) -> Tensor:
+        return _ours(name, grad, rois, *rest, False)
+
+    return backward
+
+
 _KERNELS: dict[str, Callable[..., Any]] = {
     "nms": lambda boxes, scores, iou_threshold: _ours("nms", boxes, scores, iou_threshold),
     "roi_align": _roi_align,
     "_roi_align_backward": _roi_align_backward,
+    "roi_pool": _roi_pool,
+    "_roi_pool_backward": lambda *args: _ours("_roi_pool_backward", *args, False),
+    "ps_roi_align": _position_sensitive("ps_roi_align"),
+    "_ps_roi_align_backward": _position_sensitive_backward("_ps_roi_align_backward"),
+    "ps_roi_pool": _position_sensitive("ps_roi_pool"),
+    "_ps_roi_pool_backward": _position_sensitive_backward("_ps_roi_pool_backward"),
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyvision_kernels._case import Case, ErrorCase, Inputs, OpCases, error_case
 from pyvision_kernels.ops import ps_roi_align, ps_roi_pool
 from pyvision_kernels.ops.ps_roi_align import reference
-from pyvision_kernels.ops.roi_align.cases import EMPTY, HOSTILE
+from pyvision_kernels._roi_cases import EMPTY, HOSTILE, random_boxes
 
 Size = tuple[int, int, int, int]  # images, channels of the output, height, width
 
@@ -34,7 +34,7 @@ def _case(
     bins = (output_size, output_size) if isinstance(output_size, int) else output_size
 
     def make(generator: torch.Generator) -> Inputs:
-        boxes = _boxes(generator, count, images, (height / spatial_scale, width / spatial_scale), sides)
+        boxes = random_boxes(generator, count, images, (height / spatial_scale, width / spatial_scale), sides)
         if inside:
             last = torch.tensor([width - 2, height - 2], dtype=torch.float64) / spatial_scale
             boxes[:, 1:] = boxes[:, 1:].minimum(last.repeat(2))

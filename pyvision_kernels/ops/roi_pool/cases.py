@@ -8,7 +8,7 @@ import torch
 
 from pyvision_kernels._case import Case, ErrorCase, Inputs, OpCases, error_case
 from pyvision_kernels.ops import roi_pool
-from pyvision_kernels.ops.roi_align.cases import EMPTY, HOSTILE, _boxes
+from pyvision_kernels._roi_cases import EMPTY, HOSTILE, random_boxes
 from pyvision_kernels.ops.roi_pool import reference
 
 NAN, INF = math.nan, math.inf
@@ -26,7 +26,7 @@ def _case(
 ) -> Case:
     def make(generator: torch.Generator) -> Inputs:
         extent = (size[2] / spatial_scale, size[3] / spatial_scale)
-        boxes = _boxes(generator, count, size[0], extent, sides)
+        boxes = random_boxes(generator, count, size[0], extent, sides)
         if extra:
             boxes = torch.cat([boxes, torch.tensor(extra, dtype=torch.float64)])
         return {

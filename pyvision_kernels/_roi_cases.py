@@ -1,4 +1,4 @@
-"""Boxes of the cases of roi_align and multiscale_roi_align: random ones, hostile ones."""
+"""Boxes for the cases of the RoI ops: random ones, hostile ones."""
 
 from __future__ import annotations
 
