@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pyvision_kernels._case import Case, ErrorCase, Inputs, OpCases, error_case
+from pyvision_kernels._roi_cases import EMPTY, HOSTILE, random_boxes
 from pyvision_kernels.ops import ps_roi_align, ps_roi_pool
 from pyvision_kernels.ops.ps_roi_align import reference
-from pyvision_kernels._roi_cases import EMPTY, HOSTILE, random_boxes
 
 Size = tuple[int, int, int, int]  # images, channels of the output, height, width
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from pyvision_kernels._case import Case, ErrorCase, Inputs, OpCases, error_case
+from pyvision_kernels._roi_cases import EMPTY, HOSTILE, random_boxes
 from pyvision_kernels.ops import roi_align
 from pyvision_kernels.ops.roi_align import reference
-from pyvision_kernels._roi_cases import EMPTY, HOSTILE, random_boxes
 from pyvision_kernels.ops.roi_align.multiscale_cases import MULTISCALE_ROI_ALIGN
 
 

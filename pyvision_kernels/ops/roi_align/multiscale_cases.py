@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pyvision_kernels._case import Case, ErrorCase, Inputs, OpCases, error_case, tensors_of
+from pyvision_kernels._roi_cases import EMPTY, HOSTILE, random_boxes
 from pyvision_kernels.ops import multiscale_roi_align
 from pyvision_kernels.ops.roi_align import reference
-from pyvision_kernels._roi_cases import EMPTY, HOSTILE, random_boxes
 
 FPN = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
 

@@ -7,8 +7,8 @@ import math
 import torch
 
 from pyvision_kernels._case import Case, ErrorCase, Inputs, OpCases, error_case
-from pyvision_kernels.ops import roi_pool
 from pyvision_kernels._roi_cases import EMPTY, HOSTILE, random_boxes
+from pyvision_kernels.ops import roi_pool
 from pyvision_kernels.ops.roi_pool import reference
 
 NAN, INF = math.nan, math.inf
