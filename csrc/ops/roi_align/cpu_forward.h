@@ -52,11 +52,9 @@ PVK_INLINE void pool_bin(const elem_t* map, const RoiTaps<T>& taps, int64_t ph, 
   for (int v = 0; v < Vecs; ++v) sum[v] = Vec<T>{};
   for (int64_t i = taps.y.begin[ph]; i < taps.y.begin[ph + 1]; ++i) {
     const elem_t* row = map + taps.y.taps[i].pixel * row_stride;
-    Vec<T> in_row[Vecs];
-#pragma GCC unroll 4
-    for (int v = 0; v < Vecs; ++v) in_row[v] = Vec<T>{};
+    const T row_weight = taps.y.taps[i].weight;
     for (int64_t j = 0; j < num_columns; ++j) {
-      const Vec<T> weight = splat(columns[j].weight);
+      const Vec<T> weight = splat(row_weight * columns[j].weight);
       const elem_t* pixel = row + columns[j].pixel * column_stride;
       Vec<T> value[Vecs];
       if constexpr (Vecs % 2 == 0) {
@@ -66,11 +64,8 @@ PVK_INLINE void pool_bin(const elem_t* map, const RoiTaps<T>& taps, int64_t ph, 
         for (int v = 0; v < Vecs; ++v) value[v] = load(pixel + v * kLanes<T>);
       }
 #pragma GCC unroll 4
-      for (int v = 0; v < Vecs; ++v) in_row[v] = fma(value[v], weight, in_row[v]);
+      for (int v = 0; v < Vecs; ++v) sum[v] = fma(value[v], weight, sum[v]);
     }
-    const Vec<T> weight = splat(taps.y.taps[i].weight);
-#pragma GCC unroll 4
-    for (int v = 0; v < Vecs; ++v) sum[v] = fma(in_row[v], weight, sum[v]);
   }
 }
 
