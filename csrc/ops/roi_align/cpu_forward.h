@@ -52,11 +52,9 @@ PVK_INLINE void pool_bin(const elem_t* map, const RoiTaps<T>& taps, int64_t ph, 
   for (int v = 0; v < Vecs; ++v) sum[v] = Vec<T>{};
   for (int64_t i = taps.y.begin[ph]; i < taps.y.begin[ph + 1]; ++i) {
     const elem_t* row = map + taps.y.taps[i].pixel * row_stride;
-    Vec<T> in_row[Vecs];
-#pragma GCC unroll 4
-    for (int v = 0; v < Vecs; ++v) in_row[v] = Vec<T>{};
+    const T row_weight = taps.y.taps[i].weight;
     for (int64_t j = 0; j < num_columns; ++j) {
-      const Vec<T> weight = splat(columns[j].weight);
+      const Vec<T> weight = splat(row_weight * columns[j].weight);
       const elem_t* pixel = row + columns[j].pixel * column_stride;
       Vec<T> value[Vecs];
       if constexpr (Vecs % 2 == 0) {
@@ -66,33 +64,28 @@ PVK_INLINE void pool_bin(const elem_t* map, const RoiTaps<T>& taps, int64_t ph, 
         for (int v = 0; v < Vecs; ++v) value[v] = load(pixel + v * kLanes<T>);
       }
 #pragma GCC unroll 4
-      for (int v = 0; v < Vecs; ++v) in_row[v] = fma(value[v], weight, in_row[v]);
+      for (int v = 0; v < Vecs; ++v) sum[v] = fma(value[v], weight, sum[v]);
     }
-    const Vec<T> weight = splat(taps.y.taps[i].weight);
-#pragma GCC unroll 4
-    for (int v = 0; v < Vecs; ++v) sum[v] = fma(in_row[v], weight, sum[v]);
   }
 }
 
 // One RoI of a channels_last map, straight into a channels_last output. C >= kLanes; a narrow last block overlaps the
 // one before it.
 template <typename scalar_t, typename T>
-void pool_in_place(const RoiAlignParams& p, const Level& level, const scalar_t* image, const RoiTaps<T>& taps,
-                   scalar_t* out) {
+void pool_in_place(const RoiAlignParams& p, const scalar_t* image, const RoiTaps<T>& taps, scalar_t* out) {
   constexpr int kVec = kLanes<T>;
-  const int64_t row_stride = level.stride[2], column_stride = level.stride[3];
   for (int64_t ph = 0; ph < p.PH; ++ph) {
     for (int64_t pw = 0; pw < p.PW; ++pw, out += p.C) {
       int64_t c = 0;
       Vec<T> sum[kMaxVecs];
       for (; c + kMaxVecs * kVec <= p.C; c += kMaxVecs * kVec) {
-        pool_bin<kMaxVecs>(image + c, taps, ph, pw, row_stride, column_stride, sum);
+        pool_bin<kMaxVecs>(image + c, taps, ph, pw, 1, 1, sum);
 #pragma GCC unroll 2
         for (int v = 0; v < kMaxVecs; v += 2) store_pair<scalar_t, T>(out + c + v * kVec, sum[v], sum[v + 1]);
       }
       for (; c < p.C; c += kVec) {
         const int64_t first = min_of(c, p.C - kVec);
-        pool_bin<1>(image + first, taps, ph, pw, row_stride, column_stride, sum);
+        pool_bin<1>(image + first, taps, ph, pw, 1, 1, sum);
         store(out + first, sum[0]);
       }
     }
@@ -108,7 +101,7 @@ void forward_in_place(const RoiAlignParams& p, const Level& level, const Roi<T>*
     TapFinder<T> finder;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t k = order[i];
-      pool_in_place(p, level, map + rois[k].image * level.stride[0], finder.find(p, rois[k]),
+      pool_in_place(p, map + rois[k].image * level.stride[0], finder.find(p, rois[k], level.stride[2], level.stride[3]),
                     pooled + k * p.pooled_stride[0]);
     }
   });

@@ -17,7 +17,7 @@ using namespace pvk::PVK_ISA;
 constexpr int kMaxVecs = 4;         // vectors of a channel block
 constexpr int64_t kTileItems = 64;  // bins that are held lane-major at a time, about
 
-// A row (or column) of the map and its weight in a bin.
+// A row (or column) of the map, or where its elements begin, and its weight in a bin.
 template <typename T>
 struct AxisTap {
   int64_t pixel;
@@ -43,7 +43,7 @@ struct AxisFinder {
   Buffer<AxisTap<T>> taps;
   int64_t count = 0;
 
-  AxisTaps<T> find(const RoiAxis<T>& axis, int64_t bins, int64_t size, bool adaptive, T scale) {
+  AxisTaps<T> find(const RoiAxis<T>& axis, int64_t bins, int64_t size, bool adaptive, T scale, int64_t stride = 1) {
     int64_t bound = 0;
     begin.reserve(bins + 1);
     for (int64_t p = 0; p < bins; ++p) {
@@ -67,8 +67,8 @@ struct AxisFinder {
       const SampleRange range = sample_range(axis, p, size, adaptive);
       for (int64_t i = range.begin; i < range.end; ++i) {
         const Tap<T> tap = make_tap(sample_position(axis, p, i), size);
-        add(tap.low, tap.low_weight * scale);
-        add(tap.high, tap.high_weight * scale);
+        add(tap.low * stride, tap.low_weight * scale);
+        add(tap.high * stride, tap.high_weight * scale);
       }
     }
     begin[bins] = count;
@@ -80,10 +80,11 @@ template <typename T>
 struct TapFinder {
   AxisFinder<T> y, x;
 
-  RoiTaps<T> find(const RoiAlignParams& p, const Roi<T>& roi) {
+  RoiTaps<T> find(const RoiAlignParams& p, const Roi<T>& roi, int64_t row_stride = 1, int64_t column_stride = 1) {
     const bool adaptive = p.sampling_ratio <= 0;
     const Level& level = p.levels[roi.level];
-    return {y.find(roi.y, p.PH, level.H, adaptive, roi.inverse_count), x.find(roi.x, p.PW, level.W, adaptive, T(1))};
+    return {y.find(roi.y, p.PH, level.H, adaptive, roi.inverse_count, row_stride),
+            x.find(roi.x, p.PW, level.W, adaptive, T(1), column_stride)};
   }
 };
 

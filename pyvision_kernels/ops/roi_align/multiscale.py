@@ -202,6 +202,10 @@ def multiscale_roi_align(
     check_boxes(OP, first, cast_boxes(first, boxes) if casts else boxes)
     check_sampling(OP, sampling_ratio)
     scales = [float(scale) for scale in scales]
+    if torch.compiler.is_compiling():  # numbers may be symbols there, and areas need values
+        guard_scalar = torch.fx.experimental.symbolic_shapes.guard_scalar
+        scales = [guard_scalar(scale) for scale in scales]
+        canonical_scale, canonical_level = guard_scalar(canonical_scale), guard_scalar(canonical_level)
     areas = level_areas(OP, tuple(scales), canonical_scale, canonical_level, first.dtype == torch.float64)
     pooled = multiscale_op(features, boxes, scales, areas, pooled_height, pooled_width, sampling_ratio, aligned)
     return pooled if pooled.dtype == dtype else pooled.to(dtype)
