@@ -37,7 +37,7 @@ class KeptBoxes {
     int64_t chunks = 0, cells = 0;
     bool gridded = false;
     for (int64_t g = 0; g < groups; ++g) {
-      chunks += ceil_div(fields[g].awaited, int64_t(kLanes<T>));
+      chunks += ceil_div(fields[g].awaited - 1, int64_t(kLanes<T>));  // the last is not filed
       gridded |= wants_grid(fields[g]);
     }
     if (gridded) {

@@ -39,8 +39,8 @@ PVK_INLINE Vec<double> exp_of_negative(Vec<double> exact) {
   const Exponents k = __builtin_convertvector(x * kLog2E + -0.5, Exponents);
   const Vec<double> whole = __builtin_convertvector(k, Vec<double>);
   const Vec<double> r = x - whole * kLn2High - whole * kLn2Low;
-  Vec<double> sum = splat(kInverseFactorials[13]);
-  for (int i = 12; i >= 0; --i) sum = sum * r + kInverseFactorials[i];
+  const auto step = [&](Vec<double> sum, double c) __attribute__((always_inline)) { return sum * r + c; };
+  const Vec<double> sum = exp_series(Vec<double>{}, step);
   const Exponents half = k / 2;
   const Vec<double> first = (Vec<double>)((__builtin_convertvector(half, Mask<double>) + 1023) << 52);
   const Vec<double> second = (Vec<double>)((__builtin_convertvector(k - half, Mask<double>) + 1023) << 52);

@@ -67,12 +67,22 @@ int64_t read_count(const int64_t* count, Stream stream);
 
 // Of exp_of_negative, here and in the CPU's vectors of it. ln 2 is in two parts, the first with few enough bits that k
 // times it is exact.
-inline constexpr double kInverseFactorials[] = {
-    1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
-    1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0,
-};
 inline constexpr double kLog2E = 0x1.71547652b82fep0, kLn2High = 0x1.62e42feep-1, kLn2Low = 0x1.a39ef35793c76p-33;
 inline constexpr double kLowestExponent = -745.2;  // exp() of what is less is 0
+
+// The Taylor series of exp by Horner's rule: step(sum, c) is sum * r + c.
+template <typename V, typename Step>
+PVK_HOST_DEVICE V exp_series(V sum, const Step& step) {
+  constexpr double kInverse[] = {
+      1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
+      1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0,
+  };
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+  for (int i = 13; i >= 0; --i) sum = step(sum, kInverse[i]);
+  return sum;
+}
 
 PVK_HOST_DEVICE double power_of_two(int exponent) {
   const uint64_t bits = uint64_t(1023 + exponent) << 52;
@@ -87,11 +97,7 @@ PVK_HOST_DEVICE double exp_of_negative(double x) {
   if (!(x > kLowestExponent)) return 0;
   const int k = int(add_rn(mul_rn(x, kLog2E), -0.5));
   const double r = sub_rn(sub_rn(x, mul_rn(k, kLn2High)), mul_rn(k, kLn2Low));
-  double sum = kInverseFactorials[13];
-#if defined(__CUDACC__)
-#pragma unroll
-#endif
-  for (int i = 12; i >= 0; --i) sum = add_rn(mul_rn(sum, r), kInverseFactorials[i]);
+  const double sum = exp_series(0.0, [&](double sum, double c) { return add_rn(mul_rn(sum, r), c); });
   // In two factors, since k may be below -1022.
   return mul_rn(mul_rn(sum, power_of_two(k / 2)), power_of_two(k - k / 2));
 }
