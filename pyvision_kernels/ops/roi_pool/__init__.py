@@ -172,6 +172,7 @@ def roi_pool(
     require_tensors("roi_pool", input=input)
     require(input.dim() == 4, "roi_pool", "input to have 4 dimensions [N, C, H, W]", input.shape)
     boxes = _join_boxes(boxes, input)
-    _check(*(_cast(input, boxes) if autocasts(input) else (input, boxes)), "roi_pool")
+    cast = _cast(input, boxes) if autocasts(input) else (input, boxes)
+    _check(cast[0], cast[1], "roi_pool")
     _check_pixels(*input.shape[2:])
     return roi_pool_op(input, boxes, spatial_scale, pooled_height, pooled_width)[0]

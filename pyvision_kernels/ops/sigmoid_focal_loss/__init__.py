@@ -171,7 +171,8 @@ def sigmoid_focal_loss(
     if inputs.is_contiguous() and targets.is_contiguous():
         return sigmoid_focal_loss_op(inputs, targets, alpha, gamma, REDUCTIONS[reduction])
     # In the memory order of inputs.
-    order = sorted(range(inputs.dim()), key=lambda dim: -inputs.stride(dim))
+    strides = inputs.stride()
+    order = sorted(range(inputs.dim()), key=lambda dim: -strides[dim])
     inputs, targets = inputs.permute(order).contiguous(), targets.permute(order).contiguous()
     loss = sigmoid_focal_loss_op(inputs, targets, alpha, gamma, REDUCTIONS[reduction])
     return loss.permute([order.index(dim) for dim in range(len(order))]) if reduction == "none" else loss

@@ -17,4 +17,6 @@ def sigmoid_focal_loss(
     loss = cross_entropy * (power if gamma == 0 else power.where(missed != 0, 0.0))
     if alpha >= 0:
         loss = loss * (alpha * targets + (1 - alpha) * (1 - targets))
-    return {"none": lambda: loss, "mean": loss.mean, "sum": loss.sum}[reduction]()
+    if reduction == "none":
+        return loss
+    return loss.mean() if reduction == "mean" else loss.sum()
