@@ -149,6 +149,7 @@ def test_gradients_of_poolers(name, contiguous, scripted):
 
 
 @every_pooler
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_poolers_pass_opcheck(name):
     operator = getattr(torch.ops.torchvision, name.removesuffix("_aligned")).default
     map = _map(6, torch.float32, True, 2 * 2**2).requires_grad_()

@@ -25,7 +25,7 @@ PVK_DEVICE bool overlap(const PixelRange& a, const PixelRange& b) {
 // RoIs and bins that touch the tile are visited in ascending order: the sums are those of the CPU, bit for bit. Any
 // strides; reads are coalesced where the pooled tensors have C stride 1, else a lane's bins are neighbours.
 template <typename scalar_t, int ROWS, int COLUMNS>
-__global__ void __launch_bounds__(kBackwardThreads)
+__global__ void __launch_bounds__(kBackwardThreads, 4)
     roi_pool_backward_kernel(const __grid_constant__ RoiPoolParams p, int64_t tiles) {
   using T = opmath_t<scalar_t>;
   constexpr int kPixels = ROWS * COLUMNS, kLoads = 4;

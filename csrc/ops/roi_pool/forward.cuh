@@ -57,7 +57,7 @@ struct Maxima {
 // A block owns a RoI and `channels` channels, a warp one bin at a time, a lane VEC channels. Map: C stride 1.
 // Loads of up to four columns are in flight; `vector_store`: the outputs have C stride 1 too.
 template <typename scalar_t, int VEC>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 2)
     roi_pool_forward_channels_kernel(const __grid_constant__ RoiPoolParams p, int64_t channels, bool vector_store) {
   using T = opmath_t<scalar_t>;
   constexpr int kLoads = 4;
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 // that neighbouring threads read neighbouring columns and write neighbouring bins. Any strides; the loads of a pixel's
 // channels are in flight together.
 template <typename scalar_t, int CHANNELS>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 2)
     roi_pool_forward_pixels_kernel(const __grid_constant__ RoiPoolParams p, int64_t groups) {
   using T = opmath_t<scalar_t>;
   SIMT_SHARED(Roi<T>, roi);

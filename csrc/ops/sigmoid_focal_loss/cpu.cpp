@@ -16,7 +16,24 @@ namespace {
 using namespace pvk::PVK_ISA;
 
 constexpr int64_t kPart = 8192;  // elements that a task handles at least
-constexpr int kGroup = 32;       // registers whose sum is kept in opmath before it goes to double
+
+// Registers whose sum is kept in opmath before it goes to a Total.
+template <typename T>
+constexpr int kGroup = sizeof(T) == 8 ? 8 : 32;
+
+// A sum in double that keeps what each addition loses (Neumaier).
+struct Total {
+  double sum = 0, lost = 0;
+
+  PVK_INLINE void add(double value) {
+    const double next = sum + value;
+    const bool is_larger = __builtin_fabs(sum) >= __builtin_fabs(value);
+    lost += is_larger ? (sum - next) + value : (value - next) + sum;
+    sum = next;
+  }
+  // An infinite or NaN sum has lost nothing that counts.
+  PVK_INLINE double value() const { return sum - sum == 0 ? sum + lost : sum; }
+};
 
 enum class PowerKind { kSquare, kHalves, kAny };
 
@@ -70,10 +87,12 @@ PVK_INLINE void for_registers(int64_t begin, int64_t end, const Body& body) {
 
 template <typename T, typename scalar_t>
 PVK_INLINE Vec<T> load_some(const scalar_t* source, int lanes) {
-  if (lanes == kLanes<T>) return load(source);
-  Vec<T> result{};
-  for (int lane = 0; lane < lanes; ++lane) result[lane] = to_float(source[lane]);
-  return result;
+  scalar_t some[kLanes<T>] = {};
+  if (lanes < kLanes<T>) {
+    for (int lane = 0; lane < lanes; ++lane) some[lane] = source[lane];
+    source = some;
+  }
+  return load(source);
 }
 
 template <typename T, typename scalar_t>
@@ -99,12 +118,12 @@ void forward_typed(const SigmoidFocalLossParams& p, const Power<kind, T>& power_
       for_registers<T>(begin, end, [&](int64_t i, int lanes) { store_some<T>(loss + i, loss_at(i, lanes), lanes); });
     });
   }
-  constexpr int64_t kGroupElements = kGroup * kLanes<T>;
+  constexpr int64_t kGroupElements = kGroup<T> * kLanes<T>;
   const int64_t part = max_of(ceil_div(p.count, kPartials), kPart), parts = ceil_div(p.count, part);
   parallel_for(parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t index = first; index < last; ++index) {
       const int64_t stop = min_of((index + 1) * part, p.count);
-      double total = 0;
+      Total total;
       for (int64_t begin = index * part; begin < stop; begin += kGroupElements) {
         Vec<T> sum{};
         for_registers<T>(begin, min_of(begin + kGroupElements, stop), [&](int64_t i, int lanes) {
@@ -115,15 +134,17 @@ void forward_typed(const SigmoidFocalLossParams& p, const Power<kind, T>& power_
             for (int lane = 0; lane < lanes; ++lane) sum[lane] += value[lane];
           }
         });
-        for (int lane = 0; lane < kLanes<T>; ++lane) total += double(sum[lane]);
+        double group = 0;
+        for (int lane = 0; lane < kLanes<T>; ++lane) group += double(sum[lane]);
+        total.add(group);
       }
-      p.partials[index] = total;
+      p.partials[index] = total.value();
     }
   });
-  double total = 0;
-  for (int64_t i = 0; i < parts; ++i) total += p.partials[i];
-  if (p.reduction == Reduction::kMean) total /= double(p.count);
-  *loss = from_float<scalar_t>(T(total));
+  Total total;
+  for (int64_t i = 0; i < parts; ++i) total.add(p.partials[i]);
+  const double sum = total.value();
+  *loss = from_float<scalar_t>(T(p.reduction == Reduction::kMean ? sum / double(p.count) : sum));
 }
 
 template <typename scalar_t, PowerKind kind, typename T>
