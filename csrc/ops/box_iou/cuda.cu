@@ -80,7 +80,7 @@ struct Side {
 // A thread owns one box; a block brings 32 others and their 32 x 128 gradients to shared memory at a time, along
 // whichever axis has neighbours, and leaves the sums over its chunk of the others: sums of sums of 32.
 template <typename scalar_t, Kind kKind>
-__global__ void __launch_bounds__(kOwners) box_iou_backward_kernel(const __grid_constant__ Side s) {
+__global__ void __launch_bounds__(kOwners, 2) box_iou_backward_kernel(const __grid_constant__ Side s) {
   using T = opmath_t<scalar_t>;
   using V = Rounded<T>;
   SIMT_SHARED(Box<V>[kOthers], others);
