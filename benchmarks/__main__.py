@@ -61,7 +61,7 @@ def _reason(report: pytest.TestReport) -> str:
 
 def verify(options: argparse.Namespace) -> bool:
     command = [sys.executable, "-m", "pyvision_kernels", "verify", "--device", options.device]
-    command += ["--small"] if options.smoke else []
+    command += [] if options.full else ["--small"]
     command += [options.only] if options.only else []
     return subprocess.run(command, cwd=ROOT).returncode == 0
 

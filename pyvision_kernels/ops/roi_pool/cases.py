@@ -137,6 +137,18 @@ ROI_POOL = OpCases(
             "expected input to have fewer than 2147483648 pixels a channel, but got 65536 x 32768",
             input=torch.ones(1, 1, 1, 1).expand(1, 1, 65536, 32768),
         ),
+        _error(
+            "boxes_type",
+            TypeError,
+            "expected boxes to be a Tensor or a list of Tensors, but got list",
+            boxes=[[0.0, 0, 0, 1, 1]],
+        ),
+        _error(
+            "boxes_list_length",
+            RuntimeError,
+            "expected one Tensor of boxes for each of 1 images, but got 2",
+            boxes=[torch.ones(7, 4)] * 2,
+        ),
         _error("output_size", ValueError, "expected output_size to be positive, but got (0, 2)", output_size=(0, 2)),
         _error(
             "output_size_float",
