@@ -7,7 +7,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 from torchvision.models import detection
-from torchvision.models.detection import retinanet, rpn, ssd
+from torchvision.models.detection import keypoint_rcnn, mask_rcnn, retinanet, rpn, ssd
 from torchvision.ops import MultiScaleRoIAlign
 
 CHANNELS, LEVELS = 32, 3  # group norms want 32 channels
@@ -33,18 +33,19 @@ class Pyramid(nn.Module):
 def _rcnn(kind, **heads):
     anchors = rpn.AnchorGenerator(((8,), (16,), (32,)), ((0.5, 1.0, 2.0),) * LEVELS)
     pooler = MultiScaleRoIAlign(["0", "1", "2"], 7, 2)
-    options = {"rpn_post_nms_top_n_test": 60, "rpn_post_nms_top_n_train": 60, "box_score_thresh": 0.01}
+    options = {"rpn_post_nms_top_n_test": 40, "rpn_post_nms_top_n_train": 40, "box_score_thresh": 0.01}
     options["box_detections_per_img"] = 1000  # no cut between almost equal scores
     return kind(Pyramid(), 4, 64, 96, rpn_anchor_generator=anchors, box_roi_pool=pooler, **options, **heads)
 
 
 def _mask_rcnn():
-    return _rcnn(detection.MaskRCNN, mask_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], 14, 2))
+    pooler, head = MultiScaleRoIAlign(["0", "1", "2"], 14, 2), mask_rcnn.MaskRCNNHeads(CHANNELS, (256,), 1)
+    return _rcnn(detection.MaskRCNN, mask_roi_pool=pooler, mask_head=head)
 
 
 def _keypoint_rcnn():
-    pooler = MultiScaleRoIAlign(["0", "1", "2"], 14, 2)
-    return _rcnn(detection.KeypointRCNN, keypoint_roi_pool=pooler, num_keypoints=5)
+    pooler, head = MultiScaleRoIAlign(["0", "1", "2"], 14, 2), keypoint_rcnn.KeypointRCNNHeads(CHANNELS, (512,))
+    return _rcnn(detection.KeypointRCNN, keypoint_roi_pool=pooler, keypoint_head=head, num_keypoints=5)
 
 
 def _retinanet(loss="l1"):
@@ -75,10 +76,10 @@ DETECTORS = {
 }
 
 
-def make(name: str, device: str = "cpu") -> nn.Module:
+def make(name: str, device: str = "cpu", seed: int = 3) -> nn.Module:
     """The detector in eval mode; its predictors spread out, so that boxes and scores differ."""
     with torch.random.fork_rng():
-        torch.manual_seed(3)
+        torch.manual_seed(seed)
         model = DETECTORS[name]()
         for key, weight in model.named_parameters():
             if weight.dim() > 1:
@@ -122,5 +123,12 @@ def assert_same(ours: list[dict[str, torch.Tensor]], stock: list[dict[str, torch
         for row in range(len(apart)):  # the nearest that is left, for there may be equal boxes
             partner.append(int(apart[row].argmin()))
             apart[:, partner[-1]] = torch.inf
-        for key in one:
-            torch.testing.assert_close(one[key], other[key][partner], rtol=1e-4, atol=1e-3)
+        theirs = {key: value[partner] for key, value in other.items()}
+        torch.testing.assert_close(one["scores"], theirs["scores"], rtol=1e-4, atol=1e-4)
+        # Of boxes that are equally good but for rounding, either may suppress the other.
+        same = torch.isclose(one["boxes"], theirs["boxes"], rtol=1e-4, atol=1e-3).all(1)
+        assert (~same).sum() <= 0.02 * len(same)
+        for key in one.keys() - {"scores", "keypoints"}:
+            torch.testing.assert_close(one[key][same], theirs[key][same], rtol=1e-4, atol=1e-3)
+        if "keypoints" in one:  # places of maxima of heat maps, of which some are almost equal
+            assert (one["keypoints"] - theirs["keypoints"]).abs().amax(-1).median() <= 1e-3

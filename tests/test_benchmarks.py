@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("torchvision")
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import gpu, gpu_status, pair, report, sources
+from benchmarks import end_to_end, gpu, gpu_status, pair, report, sources
 from benchmarks.gpu_state import State, standing
 from pyvision_kernels._case import all_cases
 
@@ -134,11 +134,13 @@ def test_smoke_of_the_main_job(tmp_path):
         assert row["rounds"] >= pair.MIN_ROUNDS
         if row["op"] != "end_to_end":
             assert row["source_hash"] == sources.kernel_hash(families[row["op"]], "cpu")
-    detector = record["rows"][-1]
-    assert detector["detections"] >= 20
-    assert detector["worst_iou"] > 0.99
+    detectors = [row for row in record["rows"] if row["op"] == "end_to_end"]
+    assert [row["case"] for row in detectors] == list(end_to_end.DETECTORS)
+    for row in detectors:
+        assert row["detections"] >= 20
+        assert row["worst_iou"] > 0.99
+        assert (tmp_path / f"detections-{row['case']}.png").stat().st_size > 10_000
     assert (tmp_path / "bench.png").stat().st_size > 10_000
-    assert (tmp_path / "detections.png").stat().st_size > 10_000
     assert "median of the op" in done.stdout
 
 

@@ -44,6 +44,7 @@ def _operators(call) -> set[str]:
 
 
 @every_detector
+@pytest.mark.slow_emulated("whole detectors")
 def test_converted_detectors_detect_the_same(name, device):
     model = detectors.make(name, device)
     stock = _detect(model, device)
@@ -58,7 +59,8 @@ def test_converted_detectors_learn_the_same(name):
     our_losses, our_grads = _losses(pvk.convert(model))
     torch.testing.assert_close(our_losses, losses, rtol=1e-4, atol=1e-4)
     for ours, stock in zip(our_grads, grads, strict=True):
-        assert (ours - stock).abs().max() <= 1e-4 * stock.abs().max()
+        # A unit of a ReLU at zero may go either way; some gradients are zero but for rounding.
+        assert (ours - stock).norm() <= 1e-3 * stock.norm() + 1e-5
 
 
 @every_detector

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from pyvision_kernels._box_pairs import (
+    backward_by,
+    check_types,
+    double_backward_of,
+    empty_gradients,
+    result_dtype,
+    setup,
+    setup_double,
+)
 from pyvision_kernels._check import FLOATING, require, require_tensors
 from pyvision_kernels._op import declare
 from pyvision_kernels.ops.generalized_box_iou_loss.reference import KINDS, REDUCTIONS
@@ -20,60 +27,21 @@ def _check(op: str, boxes1: Tensor, boxes2: Tensor) -> None:
     require(boxes1.dim() == 2 and boxes1.size(1) == 4, op, "boxes1 to have size [N, 4]", boxes1.shape)
     if boxes2.shape != boxes1.shape:
         require(False, op, f"boxes2 to have size {list(boxes1.shape)} as boxes1 has", boxes2.shape)
-    require(boxes2.device == boxes1.device, op, "boxes2 to be on the device of boxes1", boxes2.device)
-    if boxes1.dtype not in FLOATING:
-        raise NotImplementedError(
-            f"{op}: expected boxes1 to be float16, bfloat16, float32 or float64, but got {boxes1.dtype}"
-        )
-    if boxes2.dtype != boxes1.dtype:
-        require(False, op, f"boxes2 to be {boxes1.dtype} as boxes1 is", boxes2.dtype)
-
-
-def _loss_dtype(boxes: Tensor) -> torch.dtype:
-    return torch.float64 if boxes.dtype == torch.float64 else torch.float32
+    check_types(op, boxes1, boxes2)
 
 
 def _fake(boxes1, boxes2, kind, reduction, eps):
     _check("box_iou_loss", boxes1, boxes2)
-    return boxes1.new_empty(boxes1.shape[:1] if reduction == NONE else (), dtype=_loss_dtype(boxes1))
+    return boxes1.new_empty(boxes1.shape[:1] if reduction == NONE else (), dtype=result_dtype(boxes1))
 
 
 def _fake_backward(grad, boxes1, boxes2, kind, reduction, eps, need1, need2):
     _check("_box_iou_loss_backward", boxes1, boxes2)
-    grads = [boxes.new_empty(boxes.shape if need else (0,)) for boxes, need in ((boxes1, need1), (boxes2, need2))]
-    return grads[0], grads[1]
+    return empty_gradients(boxes1, boxes2, need1, need2)
 
 
-def _setup(ctx, inputs, output):
-    boxes1, boxes2, *ctx.rest = inputs
-    ctx.save_for_backward(boxes1, boxes2)
-
-
-def _backward(ctx, grad):
-    need1, need2 = ctx.needs_input_grad[:2]
-    grad1, grad2 = box_iou_loss_backward_op(grad, *ctx.saved_tensors, *ctx.rest, need1, need2)
-    return grad1 if need1 else None, grad2 if need2 else None, None, None, None
-
-
-def _setup_double(ctx, inputs, output):
-    grad, boxes1, boxes2, *ctx.rest = inputs
-    ctx.save_for_backward(grad, boxes1, boxes2)
-
-
-def _backward_double(ctx, grad1, grad2):
-    # Composite: the formula, differentiated twice by PyTorch.
-    kind, reduction, eps, need1, need2 = ctx.rest
-
-    def loss(boxes1, boxes2):
-        wide = _loss_dtype(boxes1)
-        return reference_loss(boxes1.to(wide), boxes2.to(wide), KINDS[kind], REDUCTIONS[reduction], eps)
-
-    def first(grad, boxes1, boxes2):
-        gradients = torch.func.vjp(loss, boxes1, boxes2)[1](grad)
-        return [gradient for gradient, need in zip(gradients, (need1, need2), strict=True) if need]
-
-    pull: Any = torch.func.vjp(first, *ctx.saved_tensors)[1]
-    return *pull([grad for grad, need in ((grad1, need1), (grad2, need2)) if need]), *(None,) * 5
+def _formula(boxes1, boxes2, kind, reduction, eps):
+    return reference_loss(boxes1, boxes2, KINDS[kind], REDUCTIONS[reduction], eps)
 
 
 def _front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
@@ -107,16 +75,16 @@ box_iou_loss_backward_op = declare(
     "_box_iou_loss_backward(Tensor grad, Tensor boxes1, Tensor boxes2, int kind, int reduction, float eps, "
     "bool need1, bool need2) -> (Tensor, Tensor)",
     fake=_fake_backward,
-    setup_context=_setup_double,
-    backward=_backward_double,
+    setup_context=setup_double,
+    backward=double_backward_of(_formula),
     vmap=_vmap_backward,
 )
 
 box_iou_loss_op = declare(
     "box_iou_loss(Tensor boxes1, Tensor boxes2, int kind, int reduction, float eps) -> Tensor",
     fake=_fake,
-    setup_context=_setup,
-    backward=_backward,
+    setup_context=setup,
+    backward=backward_by(lambda: box_iou_loss_backward_op),
     vmap=_vmap,
 )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyvision_kernels._case import Case, ErrorCase, Inputs, OpCases, error_case
-from pyvision_kernels._roi_cases import EMPTY, HOSTILE, random_boxes
+from pyvision_kernels._roi_cases import EMPTY, HOSTILE, common_errors, covered, random_boxes
 from pyvision_kernels.ops import ps_roi_align, ps_roi_pool
 from pyvision_kernels.ops.ps_roi_align import reference
 
@@ -73,73 +73,9 @@ WITHOUT_FLOAT16 = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def _errors(op: str) -> tuple[ErrorCase, ...]:
-    fitting = {"input": torch.ones(1, 12, 4, 4), "boxes": torch.ones(7, 5), "output_size": 2}
-
-    def error(name: str, kind: type[Exception], message: str, **changes) -> ErrorCase:
-        return error_case(op, name, kind, message, {**fitting, **changes})
-
-    return (
-        error(
-            "input_rank",
-            RuntimeError,
-            "expected input to have 4 dimensions [N, C, H, W], but got [12, 4, 4]",
-            input=torch.ones(12, 4, 4),
-        ),
-        error("input_type", TypeError, "expected input to be a Tensor, but got list", input=[1.0]),
-        error(
-            "input_dtype",
-            NotImplementedError,
-            "expected input to be float16, bfloat16, float32 or float64, but got torch.int32",
-            input=torch.ones(1, 12, 4, 4, dtype=torch.int32),
-            boxes=torch.ones(7, 5, dtype=torch.int32),
-        ),
-        error(
-            "channels",
-            RuntimeError,
-            "expected input to have channels in a multiple of 5 * 2, but got 12",
-            output_size=(5, 2),
-        ),
-        error(
-            "boxes_shape", RuntimeError, "expected boxes to have size [K, 5], but got [7, 4]", boxes=torch.ones(7, 4)
-        ),
-        error(
-            "boxes_dtype",
-            RuntimeError,
-            "expected boxes to be torch.float32 as input is, or float32 beside a 16-bit input, but got torch.float64",
-            boxes=torch.ones(7, 5, dtype=torch.float64),
-        ),
-        error(
-            "boxes_device",
-            RuntimeError,
-            "expected boxes to be on the device of input, but got meta",
-            boxes=torch.ones(7, 5, device="meta"),
-        ),
-        error(
-            "boxes_type",
-            TypeError,
-            "expected boxes to be a Tensor or a list of Tensors, but got list",
-            boxes=[[0.0, 0, 0, 1, 1]],
-        ),
-        error(
-            "boxes_list_length",
-            RuntimeError,
-            "expected one Tensor of boxes for each of 1 images, but got 2",
-            boxes=[torch.ones(7, 4)] * 2,
-        ),
-        error(
-            "boxes_list_shape",
-            RuntimeError,
-            "expected each of boxes to have size [K, 4], but got [7, 5]",
-            boxes=[torch.ones(7, 5)],
-        ),
-        error("output_size", ValueError, "expected output_size to be positive, but got (0, 2)", output_size=(0, 2)),
-        error(
-            "output_size_triple",
-            TypeError,
-            "expected output_size to be an int or a pair of ints, but got (1, 2, 3)",
-            output_size=(1, 2, 3),
-        ),
-    )
+    inputs = {"input": torch.ones(1, 12, 4, 4), "boxes": torch.ones(7, 5), "output_size": (5, 2)}
+    message = "expected input to have channels in a multiple of 5 * 2, but got 12"
+    return (*common_errors(op), error_case(op, "channels", RuntimeError, message, inputs))
 
 
 def _tiny(generator: torch.Generator) -> Inputs:
@@ -156,10 +92,8 @@ def _tiny_align(generator: torch.Generator) -> Inputs:
 
 def _bytes(inputs: Inputs, output: Tensor) -> float:
     """The output once, and of the map what the boxes cover, at most all of it."""
-    boxes = inputs["boxes"].double()
-    area = (boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2]) * inputs["spatial_scale"] ** 2
-    covered = float(area.clamp(min=0).nan_to_num().sum()) * output.size(1)  # a plane's share of a box is one bin
-    return (output.numel() + min(covered, inputs["input"].numel())) * output.element_size()
+    inside = covered(inputs) * output.size(1) / inputs["input"].size(1)  # a plane's share of a box is one bin
+    return (output.numel() + min(inside, inputs["input"].numel())) * output.element_size()
 
 
 def _pool_flops(inputs: Inputs, output: Tensor) -> float:

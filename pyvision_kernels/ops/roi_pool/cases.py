@@ -7,7 +7,7 @@ import math
 import torch
 
 from pyvision_kernels._case import Case, ErrorCase, Inputs, OpCases, error_case
-from pyvision_kernels._roi_cases import EMPTY, HOSTILE, random_boxes
+from pyvision_kernels._roi_cases import EMPTY, HOSTILE, common_errors, covered, random_boxes
 from pyvision_kernels.ops import roi_pool
 from pyvision_kernels.ops.roi_pool import reference
 
@@ -99,77 +99,21 @@ ROI_POOL = OpCases(
         _case("fpn_p4", (1, 256, 50, 76), 300, 7, 1 / 16, (100.0, 448.0), bench="full"),
     ),
     errors=(
-        _error(
-            "input_rank",
-            RuntimeError,
-            "expected input to have 4 dimensions [N, C, H, W], but got [3, 4, 4]",
-            input=torch.ones(3, 4, 4),
-        ),
-        _error("input_type", TypeError, "expected input to be a Tensor, but got list", input=[1.0]),
-        _error(
-            "input_dtype",
-            NotImplementedError,
-            "expected input to be float16, bfloat16, float32 or float64, but got torch.int32",
-            input=torch.ones(1, 3, 4, 4, dtype=torch.int32),
-            boxes=torch.ones(7, 5, dtype=torch.int32),
-        ),
-        _error(
-            "boxes_shape",
-            RuntimeError,
-            "expected boxes to have size [K, 5], but got [7, 4]",
-            boxes=torch.ones(7, 4),
-        ),
-        _error(
-            "boxes_dtype",
-            RuntimeError,
-            "expected boxes to be torch.float32 as input is, or float32 beside a 16-bit input, but got torch.float64",
-            boxes=torch.ones(7, 5, dtype=torch.float64),
-        ),
-        _error(
-            "boxes_device",
-            RuntimeError,
-            "expected boxes to be on the device of input, but got meta",
-            boxes=torch.ones(7, 5, device="meta"),
-        ),
+        *common_errors("roi_pool"),
         _error(
             "pixels",
             RuntimeError,
             "expected input to have fewer than 2147483648 pixels a channel, but got 65536 x 32768",
             input=torch.ones(1, 1, 1, 1).expand(1, 1, 65536, 32768),
         ),
-        _error(
-            "boxes_type",
-            TypeError,
-            "expected boxes to be a Tensor or a list of Tensors, but got list",
-            boxes=[[0.0, 0, 0, 1, 1]],
-        ),
-        _error(
-            "boxes_list_length",
-            RuntimeError,
-            "expected one Tensor of boxes for each of 1 images, but got 2",
-            boxes=[torch.ones(7, 4)] * 2,
-        ),
-        _error("output_size", ValueError, "expected output_size to be positive, but got (0, 2)", output_size=(0, 2)),
-        _error(
-            "output_size_float",
-            TypeError,
-            "expected output_size to be an int or a pair of ints, but got 7.0",
-            output_size=7.0,
-        ),
     ),
-    flops=lambda inputs, output: float(_covered(inputs)),
+    flops=lambda inputs, output: float(covered(inputs)),
     # Boxes once, outputs and places once, and of the map what the boxes cover, at most all of it.
     bytes=lambda inputs, output: (
         output.numel() * (output.element_size() + 4)
-        + min(_covered(inputs), inputs["input"].numel()) * output.element_size()
+        + min(covered(inputs), inputs["input"].numel()) * output.element_size()
     ),
 )
-
-
-def _covered(inputs: Inputs) -> float:
-    boxes = inputs["boxes"].double()
-    area = (boxes[:, 3] - boxes[:, 1]) * (boxes[:, 4] - boxes[:, 2]) * inputs["spatial_scale"] ** 2
-    return float(area.clamp(min=0).nan_to_num().sum()) * inputs["input"].size(1)
 
 
 CASES = (ROI_POOL,)
