@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -34,13 +35,11 @@ def as_pair(op: str, argument: str, value: int | Sequence[int]) -> tuple[int, in
     """An int becomes a pair; both must be positive."""
     if type(value) is int and value > 0:
         return value, value
-    pair = (value, value) if isinstance(value, int | torch.SymInt) else value
-    if (
-        not isinstance(pair, Sequence)
-        or len(pair) != 2
-        or not all(isinstance(item, int | torch.SymInt) for item in pair)
-    ):
+    whole = (Integral, torch.SymInt)  # numpy's integers too
+    pair: Any = (value, value) if isinstance(value, whole) else tuple(value) if isinstance(value, Iterable) else ()
+    if len(pair) != 2 or not all(isinstance(item, whole) for item in pair):
         raise TypeError(f"{op}: expected {argument} to be an int or a pair of ints, but got {value}")
     if not all(item > 0 for item in pair):
         raise ValueError(f"{op}: expected {argument} to be positive, but got {value}")
-    return pair[0], pair[1]
+    first, second = (item if isinstance(item, torch.SymInt) else int(item) for item in pair)
+    return first, second

@@ -86,12 +86,16 @@ def batch_forward(
     features: Sequence[Tensor],
     boxes: Tensor,
     pool: Callable[[list[Tensor], Tensor], Tensor],
+    bins: int = 1,
 ) -> tuple[Tensor, int]:
-    """Pooling under vmap, in one call of pool(features, boxes): the output and its vmap dimension."""
+    """Pooling under vmap, in one call of pool(features, boxes): the output and its vmap dimension.
+
+    `bins`: channels of a map that make one of the output.
+    """
     if boxes_dim is None:  # the same boxes for all: fold the batch into the channels
         folded = [with_batch(item, dim, 1, size) for item, dim in zip(features, dims, strict=True)]
         out = pool([item.flatten(1, 2) for item in folded], boxes)
-        return out.unflatten(1, (size, folded[0].size(2))), 1
+        return out.unflatten(1, (size, folded[0].size(2) // bins)), 1
     boxes = boxes.movedim(boxes_dim, 0)
     if all(dim is None for dim in dims):
         out = pool(list(features), boxes.flatten(0, 1))

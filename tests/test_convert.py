@@ -133,6 +133,26 @@ def test_converting_twice_is_converting_once():
     assert [type(module) for module in model.modules()] == classes
 
 
+def test_the_last_call_decides():
+    model = pvk.convert(pvk.convert(detectors.make("faster_rcnn")), exclude=["rpn"])
+    entries = {entry.name: entry for entry in pvk.conversion_report(model)}
+    assert (entries["rpn"].replaced, entries["rpn"].reason) == (False, "excluded")
+    assert entries["roi_heads"].replaced
+
+
+def test_converted_layers_are_leaves_of_a_traced_model():
+    layers = [
+        torchvision.ops.RoIAlign(2, 1.0, 2),
+        torchvision.ops.RoIPool(2, 1.0),
+        torchvision.ops.PSRoIAlign(2, 1.0, 2),
+        torchvision.ops.PSRoIPool(2, 1.0),
+    ]
+    picture, boxes = torch.rand(1, 4, 9, 9), torch.tensor([[0, 1, 2, 7, 8.0]])
+    for layer in layers:
+        traced = torch.fx.symbolic_trace(pvk.convert(layer))
+        assert torch.equal(traced(picture, boxes), layer(picture, boxes))
+
+
 def test_include_and_exclude_take_names_and_classes():
     stock = torchvision.models.detection
 

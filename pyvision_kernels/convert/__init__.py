@@ -31,7 +31,8 @@ def convert(
     of NMS, IoU and losses within its Faster, Mask and Keypoint R-CNN, RetinaNet, FCOS and SSD. A layer is replaced by
     a change of its class: parameters, buffers, state_dict keys, hooks, mode and device are the same objects as before,
     and neither torchvision nor another model is touched. Only instances of a stock class itself are replaced, not of a
-    subclass. `conversion_report` says what was done, `revert` undoes it.
+    subclass. Called again, it decides anew for every layer: what is now refused gets its stock class back.
+    `conversion_report` says what was done, `revert` undoes it.
 
     Args:
         model (nn.Module): Any model; what has no counterpart stays as it is.
@@ -54,14 +55,16 @@ def convert(
     refused = _Chooser("exclude", model, exclude)
     left: dict[str, str] = {}
     for name, module in model.named_modules():
-        if qualified_name(type(module)) not in TABLE:
-            continue
         if refused.matches(name, module):
-            left[name] = "excluded"
+            reason = "excluded"
         elif include is not None and not chosen.matches(name, module):
-            left[name] = "not included"
+            reason = "not included"
         else:
             _change_class(module, replacement_of)
+            continue
+        _change_class(module, stock_of)  # an earlier call may have replaced it
+        if qualified_name(type(module)) in TABLE:
+            left[name] = reason
     model.__dict__[_LEFT] = left
     return model
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.fx
 from torch import Tensor, nn
 
 from pyvision_kernels.ops import ps_roi_align, ps_roi_pool
+
+# A leaf for torch.fx, as torchvision's is.
+torch.fx.wrap("ps_roi_align")
+torch.fx.wrap("ps_roi_pool")
 
 
 class PSRoIAlign(nn.Module):

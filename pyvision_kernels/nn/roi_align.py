@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.fx
 from torch import Tensor, nn
 
 from pyvision_kernels.ops import roi_align
+
+# A leaf for torch.fx, as torchvision's is.
+torch.fx.wrap("roi_align")
 
 
 class RoIAlign(nn.Module):

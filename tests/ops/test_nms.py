@@ -363,3 +363,15 @@ def test_padded_is_captured_in_a_cuda_graph():
     expected = batched_nms_padded(boxes, scores, None, 0.5, 100)
     assert torch.equal(keep, expected[0])
     assert torch.equal(count, expected[1])
+
+
+def test_classes_may_be_floats(device):
+    generator = torch.Generator().manual_seed(2)
+    corner = torch.rand(300, 2, generator=generator) * 50
+    boxes = torch.cat([corner, corner + 20], 1).to(device)
+    scores = torch.rand(300, generator=generator).to(device)
+    classes = torch.tensor([0.0, -0.0, 0.5, 0.7, -3.0], device=device).repeat(60)
+    same = torch.tensor([0, 0, 1, 2, 3], device=device).repeat(60)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        kept = pvk.ops.batched_nms(boxes, scores, classes.to(dtype), 0.4)
+        assert torch.equal(kept, pvk.ops.batched_nms(boxes, scores, same, 0.4))

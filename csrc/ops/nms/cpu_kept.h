@@ -30,8 +30,8 @@ class KeptBoxes {
   // Forgets all. `awaited` of every field says how many boxes it will get.
   void start(Buffer<Field>& fields, int64_t groups, const Box<T>* boxes, const int64_t* group_of, int64_t count,
              double threshold) {
-    // A little more than the bound, for the rounding of the IoU; NaN where the threshold is.
-    const double least = threshold * (1 - 1e-5);
+    // A little more than the bound, for the rounding of the IoU; NaN where the threshold is. Added to 0, -0 is 0.
+    const double least = 0.0 + threshold * (1 - 1e-5);
     reach_ = max_of((1 - least) / (2 * least), 0.0) * 1.001 + 1e-4;
     used_ = 0;
     int64_t chunks = 0, cells = 0;

@@ -168,7 +168,7 @@ void for_each_group(const PsRoiParams& p, const Planes& planes, int64_t rois, co
   const int64_t work = planes.group * (rois + (planes.in_place ? 0 : p.H * p.W / 8));
   const int64_t chunk = max_of(ceil_div(kPieceWork, max_of(work, int64_t(1))), ceil_div(groups, 8 * thread_count()));
   parallel_for(groups, chunk, [&](int64_t begin, int64_t end) {
-    Buffer<T> scratch(planes.in_place ? 50000 : planes.group * planes.pitch + kRun<T>), bins(planes.group * kPitch);
+    Buffer<T> scratch(planes.in_place ? 0 : planes.group * planes.pitch + kRun<T>), bins(planes.group * kPitch);
     for (int64_t g = begin; g < end; ++g) {
       const int64_t first = g * planes.group;
       body(first, min_of(planes.group, channels - first), scratch.data(), bins.data());

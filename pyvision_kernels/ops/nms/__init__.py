@@ -10,7 +10,15 @@ from pyvision_kernels._op import declare
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Only equality matters.
-SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+SAME_BITS = {
+    torch.uint16: torch.int16,
+    torch.uint32: torch.int32,
+    torch.uint64: torch.int64,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
 METHODS = ("gaussian", "linear")
 
 
@@ -31,7 +39,7 @@ def _check(op: str, boxes: Tensor, scores: Tensor, idxs: Tensor | None = None, b
             require(False, op, f"idxs to have size {list(scores.shape)}", idxs.shape)
         require(idxs.device == boxes.device, op, "idxs to be on the device of boxes", idxs.device)
         if idxs.dtype not in INTEGERS:
-            raise TypeError(f"{op}: expected idxs to be of an integer dtype, but got {idxs.dtype}")
+            raise TypeError(f"{op}: expected idxs to be of an integer or floating dtype, but got {idxs.dtype}")
 
 
 def _check_max_output(max_output: int) -> None:
@@ -113,8 +121,10 @@ def _require(op: str, boxes: Tensor, scores: Tensor, idxs: Tensor | None, batche
     require_tensors(op, boxes=boxes, scores=scores)
     if idxs is not None:
         require_tensors(op, idxs=idxs)
-        if idxs.dtype in SIGNED:
-            idxs = idxs.view(SIGNED[idxs.dtype])
+        if idxs.dtype in FLOATING:
+            idxs = idxs + 0  # -0 becomes 0
+        if idxs.dtype in SAME_BITS:
+            idxs = idxs.view(SAME_BITS[idxs.dtype])
     if autocasts(boxes):
         boxes, scores = _cast(boxes, scores)
     _check(op, boxes, scores, idxs, batched)
@@ -151,13 +161,13 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     """Keeps the boxes that no higher-scored kept box of the same class overlaps by more than a threshold.
 
-    Equals `nms` of each class by itself, exactly: classes are compared as integers, and boxes are not moved apart as
+    Equals `nms` of each class by itself, exactly: classes are compared for equality, and boxes are not moved apart as
     `torchvision.ops.batched_nms` does, which rounds them.
 
     Args:
         boxes (Tensor[N, 4]): (x1, y1, x2, y2); float16, bfloat16, float32 or float64; any strides.
         scores (Tensor[N]): dtype of ``boxes``.
-        idxs (Tensor[N]): The class of each box; any integers of any integer dtype.
+        idxs (Tensor[N]): Classes; any numbers, of any integer or floating dtype.
         iou_threshold (float): A box is dropped when its IoU with a kept box of its class is greater.
 
     Returns:
@@ -167,7 +177,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     Raises:
         RuntimeError: a shape, device or dtype does not fit.
         NotImplementedError: ``boxes`` is of another dtype.
-        TypeError: an argument is not a Tensor, or ``idxs`` is not of an integer dtype.
+        TypeError: an argument is not a Tensor, or ``idxs`` is of another dtype.
 
     Note: deterministic. Not differentiable.
     Reference: Neubeck and Van Gool, Efficient non-maximum suppression, 2006.
@@ -190,7 +200,7 @@ def batched_nms_padded(
     Args:
         boxes (Tensor[B, N, 4]): (x1, y1, x2, y2); float16, bfloat16, float32 or float64; any strides.
         scores (Tensor[B, N]): dtype of ``boxes``.
-        idxs (Tensor[B, N] or None): The class of each box; any integers of any integer dtype. None: one class.
+        idxs (Tensor[B, N] or None): Classes; any numbers, of any integer or floating dtype. None: one class.
         iou_threshold (float): A box is dropped when its IoU with a kept box of its class is greater.
         max_output (int): The most boxes that are kept of an image; may be 0 and may exceed N.
 
@@ -201,7 +211,7 @@ def batched_nms_padded(
     Raises:
         RuntimeError: a shape, device or dtype does not fit.
         NotImplementedError: ``boxes`` is of another dtype.
-        TypeError: an argument is not a Tensor, ``idxs`` is not of an integer dtype, or ``max_output`` is not an int.
+        TypeError: an argument is not a Tensor, ``idxs`` is of another dtype, or ``max_output`` is not an int.
         ValueError: ``max_output`` is negative.
 
     Note: deterministic. Not differentiable.
@@ -233,7 +243,7 @@ def soft_nms(
     Args:
         boxes (Tensor[N, 4]): (x1, y1, x2, y2); float16, bfloat16, float32 or float64; any strides.
         scores (Tensor[N]): dtype of ``boxes``.
-        idxs (Tensor[N] or None): The class of each box; any integers of any integer dtype. Default: one class.
+        idxs (Tensor[N] or None): Classes; any numbers, of any integer or floating dtype. Default: one class.
         iou_threshold (float): For linear decay. Default: 0.3.
         sigma (float): For gaussian decay; positive. Default: 0.5.
         score_threshold (float): A box whose score falls to it or below is dropped; not negative. Default: 1e-3.
@@ -247,7 +257,7 @@ def soft_nms(
     Raises:
         RuntimeError: a shape, device or dtype does not fit.
         NotImplementedError: ``boxes`` is of another dtype.
-        TypeError: an argument is not a Tensor, or ``idxs`` is not of an integer dtype.
+        TypeError: an argument is not a Tensor, or ``idxs`` is of another dtype.
         ValueError: ``sigma`` is not positive, ``score_threshold`` is negative, or ``method`` is another.
 
     Note: deterministic. Not differentiable. A NaN score is dropped; an IoU of NaN decays nothing.

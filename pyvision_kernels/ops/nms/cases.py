@@ -211,15 +211,9 @@ def _errors(op: str, more: Inputs, images: bool = False) -> tuple[ErrorCase, ...
         cases += [
             case("idxs_type", TypeError, "expected idxs to be a Tensor, but got list", idxs=[1, 2, 3]),
             case(
-                "idxs_dtype",
-                TypeError,
-                "expected idxs to be of an integer dtype, but got torch.float32",
-                idxs=torch.ones(*lead, 3),
-            ),
-            case(
                 "idxs_bool",
                 TypeError,
-                "expected idxs to be of an integer dtype, but got torch.bool",
+                "expected idxs to be of an integer or floating dtype, but got torch.bool",
                 idxs=torch.ones(*lead, 3, dtype=torch.bool),
             ),
             case(
@@ -294,6 +288,7 @@ NMS = OpCases(
         _case("strict", 500, 0.95),
         _case("loose", 500, 0.05),
         _case("zero_threshold", 300, 0.0),
+        _case("negative_zero_threshold", 300, -0.0),
         _case("threshold_one", 400, 1.0, round_to=32.0),
         _case("threshold_above_one", 100, 2.0),
         _case("negative_threshold", 100, -0.1, hostile=True),

@@ -75,7 +75,8 @@ def _declare(name: str, sampling_schema: str) -> tuple[Op, Op]:
         def pool(inputs, boxes):
             return op(*inputs, boxes, *geometry)
 
-        return batch_forward(info.batch_size, in_dims[:1], in_dims[1], [input], boxes, pool)
+        bins = geometry[1] * geometry[2]
+        return batch_forward(info.batch_size, in_dims[:1], in_dims[1], [input], boxes, pool, bins)
 
     def vmap_backward(info, in_dims, grad, boxes, *rest):
         *geometry, batch_size, channels, height, width, channels_last = rest
