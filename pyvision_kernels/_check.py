@@ -42,4 +42,4 @@ def as_pair(op: str, argument: str, value: int | Sequence[int]) -> tuple[int, in
     if not all(item > 0 for item in pair):
         raise ValueError(f"{op}: expected {argument} to be positive, but got {value}")
     first, second = (item if isinstance(item, torch.SymInt) else int(item) for item in pair)
-    return first, second
+    return first, second  # type: ignore[return-value]  # a SymInt stands for an int

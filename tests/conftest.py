@@ -37,20 +37,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not os.environ.get("PVK_TEST_FULL"):
-        config.hook.pytest_deselected(items=[item for item in items if _is_one_schedule_more(item)])
-        items[:] = [item for item in items if not _is_one_schedule_more(item)]
+        config.hook.pytest_deselected(items=[item for item in items if _is_one_backend_more(item)])
+        items[:] = [item for item in items if not _is_one_backend_more(item)]
         skip = pytest.mark.skip(reason="slow; make test-full runs it")
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(skip)
 
 
-def _is_one_schedule_more(item: pytest.Item) -> bool:
-    """Of a case in another type than float32: the kernel's steps are those of float32, and so are its schedules."""
+def _is_one_backend_more(item: pytest.Item) -> bool:
+    """A case in float16 or float64 (bfloat16 too, under the emulator) on another backend than the last of its kind.
+
+    The steps of a kernel are those of float32, and so are its schedules; instruction sets differ in how they load
+    16-bit types, of which bfloat16 is one.
+    """
     parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    other_type = parameters.get("dtype", torch.float32) != torch.float32
-    kind, _, seed = str(parameters.get("device", "")).partition("-")
-    return other_type and kind == "simt" and seed != SEEDS[-1]
+    dtype, (kind, _, option) = parameters.get("dtype"), str(parameters.get("device", "")).partition("-")
+    if kind == "simt":
+        return dtype in (torch.bfloat16, torch.float16, torch.float64) and option != SEEDS[-1]
+    return kind == "cpu" and dtype in (torch.float16, torch.float64) and option != cpu_capabilities()[-1]
 
 
 @pytest.fixture(autouse=True)

@@ -373,5 +373,5 @@ def test_classes_may_be_floats(device):
     classes = torch.tensor([0.0, -0.0, 0.5, 0.7, -3.0], device=device).repeat(60)
     same = torch.tensor([0, 0, 1, 2, 3], device=device).repeat(60)
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        kept = pvk.ops.batched_nms(boxes, scores, classes.to(dtype), 0.4)
-        assert torch.equal(kept, pvk.ops.batched_nms(boxes, scores, same, 0.4))
+        kept = batched_nms(boxes, scores, classes.to(dtype), 0.4)
+        assert torch.equal(kept, batched_nms(boxes, scores, same, 0.4))
