@@ -322,15 +322,16 @@ void forward_typed(const RoiPoolParams& p) {
 
 // ---- backward ----
 
-// The gradient of up to kLanes channels of one image, pixel-major in `tile`: RoIs ascending, bins ascending.
+constexpr int64_t kTileBytes = 1 << 20;  // of the map's gradient that a task of channels_last adds to, about
+
+// The gradient of up to `width` channels of one image, pixel-major in `tile`: RoIs ascending, bins ascending.
 template <typename scalar_t, typename T>
 void scatter_block(const RoiPoolParams& p, const Rois<T>& rois, int64_t image, int64_t channel, int64_t lanes,
-                   T* tile) {
-  constexpr int64_t kWidth = kLanes<T>;
+                   int64_t width, T* tile) {
   const uint64_t pixels = uint64_t(p.H * p.W);
   const auto add = [&](const scalar_t* gradient, const int32_t* argmax, int64_t lane) {
     const uint64_t place = uint64_t(int64_t(*argmax));
-    if (place < pixels) tile[int64_t(place) * kWidth + lane] += T(to_float(*gradient));  // not -1
+    if (place < pixels) tile[int64_t(place) * width + lane] += T(to_float(*gradient));  // not -1
   };
   for (int64_t i = rois.starts[image]; i < rois.starts[image + 1]; ++i) {
     const int64_t k = rois.order[i];
@@ -358,21 +359,24 @@ void scatter_block(const RoiPoolParams& p, const Rois<T>& rois, int64_t image, i
 template <typename scalar_t, typename box_t>
 void backward_typed(const RoiPoolParams& p) {
   using T = opmath_t<scalar_t>;
-  constexpr int64_t kWidth = kLanes<T>;
+  constexpr int64_t kVec = kLanes<T>;
   Rois<T> rois;
   rois.template decode<box_t>(p);
-  const int64_t blocks = ceil_div(p.C, kWidth);
+  // Where channels are neighbours, as many as the cache holds of the map are read in one run.
+  const int64_t held = kTileBytes / (p.H * p.W * int64_t(sizeof(T))) / kVec * kVec;
+  const int64_t width = p.argmax_stride[1] == 1 ? max_of(kVec, min_of(held, 8 * kVec)) : kVec;
+  const int64_t blocks = ceil_div(p.C, width);
   parallel_for(p.N * blocks, 1, [&](int64_t begin, int64_t end) {
-    Buffer<T> tile(p.H * p.W * kWidth);
+    Buffer<T> tile(p.H * p.W * width);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t image = task / blocks, channel = task % blocks * kWidth;
-      const int64_t lanes = min_of(kWidth, p.C - channel);
-      for (int64_t i = 0; i < p.H * p.W * kWidth; ++i) tile[i] = T(0);
-      scatter_block<scalar_t>(p, rois, image, channel, lanes, tile.data());
+      const int64_t image = task / blocks, channel = task % blocks * width;
+      const int64_t lanes = min_of(width, p.C - channel);
+      for (int64_t i = 0; i < p.H * p.W * width; ++i) tile[i] = T(0);
+      scatter_block<scalar_t>(p, rois, image, channel, lanes, width, tile.data());
       scalar_t* target = static_cast<scalar_t*>(p.map) + image * p.map_stride[0] + channel * p.map_stride[1];
       for (int64_t y = 0; y < p.H; ++y)
-        store_tile(target + y * p.map_stride[2], tile.data() + y * p.W * kWidth, kWidth, p.map_stride[1],
-                   p.map_stride[3], lanes, p.W);
+        store_tile(target + y * p.map_stride[2], tile.data() + y * p.W * width, width, p.map_stride[1], p.map_stride[3],
+                   lanes, p.W);
     }
   });
 }

@@ -200,7 +200,7 @@ BOX_IOU = _spec(
     ),
     quick=True,
 )
-GENERALIZED_BOX_IOU = _spec(generalized_box_iou, "generalized_box_iou", 24, (*_tests(), *_hostile()), quick=True)
+GENERALIZED_BOX_IOU = _spec(generalized_box_iou, "generalized_box_iou", 24, (*_tests(), *_hostile()))
 DISTANCE_BOX_IOU = _spec(distance_box_iou, "distance_box_iou", 32, (*_tests({"eps": 1e-5}), *_hostile()))
 COMPLETE_BOX_IOU = _spec(complete_box_iou, "complete_box_iou", 42, (*_tests({"eps": 1e-5}), *_hostile()))
 

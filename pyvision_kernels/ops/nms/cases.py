@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,15 +46,22 @@ def _proposals(generator: torch.Generator, count: int, sides=(16.0, 256.0), exte
 
 
 def _candidates(
-    generator: torch.Generator, count: int, levels: int = 0, hostile: bool = False, round_to: float = 0.0
+    generator: torch.Generator,
+    count: int,
+    levels: int = 0,
+    hostile: bool = False,
+    round_to: float = 0.0,
+    distinct: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Boxes and scores of one image."""
+    """Boxes and scores of one image; `distinct`: no two scores are equal in float32."""
     boxes = _proposals(generator, count)
     if round_to:
         boxes = (boxes / round_to).round() * round_to
     if hostile:
         boxes = torch.cat([boxes, torch.tensor(HOSTILE, dtype=torch.float64)])
     scores = torch.rand(len(boxes), generator=generator, dtype=torch.float64)
+    if distinct:
+        scores = (torch.randperm(count, generator=generator).double() + 1) / count
     if levels:  # few different scores: ties
         scores = (scores * levels).floor() / levels
     if hostile:
@@ -70,7 +78,7 @@ def _classes(generator: torch.Generator, count: int, classes: int, values: tuple
 
 
 def _case(name: str, count: int, threshold: float, **options) -> Case:
-    drawn = {key: options.pop(key) for key in ("levels", "hostile", "round_to") if key in options}
+    drawn: dict[str, Any] = {key: options.pop(key) for key in ("levels", "hostile", "round_to") if key in options}
 
     def make(generator: torch.Generator) -> Inputs:
         boxes, scores = _candidates(generator, count, **drawn)
@@ -90,7 +98,10 @@ def _batched(
     **options,
 ) -> Case:
     """`compared`: with torchvision too, on coordinates that its shift by classes does not round."""
-    drawn = {key: options.pop(key) for key in ("levels", "hostile", "round_to") if key in options}
+    drawn: dict[str, Any] = {key: options.pop(key) for key in ("levels", "hostile", "round_to") if key in options}
+    if "bench" in options:  # torchvision's loop over classes leaves ties in any order
+        drawn["distinct"] = True
+        options.setdefault("dtypes", (torch.float32,))
     if compared or "bench" in options:
         drawn["round_to"] = 1 / 16
     else:
@@ -115,9 +126,10 @@ def _padded(
     **options,
 ) -> Case:
     """`classes` 0: idxs is None; `absent`: the part of the scores that is -inf."""
-    drawn = {key: options.pop(key) for key in ("levels", "hostile", "round_to") if key in options}
+    drawn: dict[str, Any] = {key: options.pop(key) for key in ("levels", "hostile", "round_to") if key in options}
     if "bench" in options:
-        drawn["round_to"] = 1 / 16
+        drawn.update(round_to=1 / 16, distinct=True)
+        options.setdefault("dtypes", (torch.float32,))
     else:
         options["for_peer"] = lambda inputs: None
 
@@ -141,7 +153,7 @@ def _padded(
 
 def _soft(name: str, count: int, classes: int, settings: dict | None = None, **options) -> Case:
     """`classes` 0: idxs is None."""
-    drawn = {key: options.pop(key) for key in ("levels", "hostile", "round_to") if key in options}
+    drawn: dict[str, Any] = {key: options.pop(key) for key in ("levels", "hostile", "round_to") if key in options}
     if "bench" not in options:  # the peer is the reference
         options["for_peer"] = lambda inputs: None
 
