@@ -24,7 +24,7 @@ from benchmarks.sources import RESULTS, ROOT
 
 OUT = ROOT / "benchmarks" / "out"
 BUSY = 0.5  # Processes a CPU before we start.
-SECONDS_OF_A_ROW = {"smoke": 0.02, "quick": 1.0, "full": 4.0}
+SECONDS_OF_A_ROW = {"smoke": 0.02, "quick": 0.6, "full": 4.0}
 
 
 class ShowProgress:
@@ -91,7 +91,7 @@ def benchmark_cases(options: argparse.Namespace, folder: Path, console: Console)
 
 def detect(name: str, options: argparse.Namespace, folder: Path, console: Console) -> report.Row:
     small: dict[str, Any] = {"side": 200, "proposals": 100} if options.smoke else {}
-    outcome = end_to_end.run(name, options.device, folder, 0.0 if options.smoke else 30.0, **small)
+    outcome = end_to_end.run(name, options.device, folder, 0.0 if options.smoke else 20.0, **small)
     console.print(
         f"{name} on a photograph: {outcome.detections} detections of both, matched one to one "
         f"(IoU >= {outcome.worst_iou:.5f}, scores within {outcome.worst_score:.0e}); "

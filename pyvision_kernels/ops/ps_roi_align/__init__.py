@@ -26,9 +26,8 @@ def _check_all(
     """`map`: the input, or the gradient of the output. `sampling`: what ps_roi_align has, and ps_roi_pool has not."""
     check_map(op, map, boxes)
     height, width = pooled
-    require(
-        channels % (height * width) == 0, op, f"input to have channels in a multiple of {height} * {width}", channels
-    )
+    if channels % (height * width) != 0:
+        require(False, op, f"input to have channels in a multiple of {height} * {width}", channels)
     for ratio in sampling:
         check_sampling(op, ratio)
 

@@ -192,7 +192,7 @@ def multiscale_roi_align(
         raise TypeError(f"{OP}: expected features to be a list of Tensors, but got {type(features).__name__}")
     features = list(features)
     dtype = features[0].dtype if features else None
-    casts = bool(features) and autocasts(features[0])
+    casts = len(features) > 0 and autocasts(features[0])
     if casts and any(item.dtype != dtype for item in features):
         widest = functools.reduce(torch.promote_types, (item.dtype for item in features))
         features = [item.to(widest) for item in features]
