@@ -127,7 +127,7 @@ def assert_same(ours: list[dict[str, torch.Tensor]], stock: list[dict[str, torch
         torch.testing.assert_close(one["scores"], theirs["scores"], rtol=1e-4, atol=1e-4)
         # Of boxes that are equally good but for rounding, either may suppress the other.
         same = torch.isclose(one["boxes"], theirs["boxes"], rtol=1e-4, atol=1e-3).all(1)
-        assert (~same).sum() <= 0.02 * len(same)
+        assert (~same).sum() <= 0.05 * len(same)
         for key in one.keys() - {"scores", "keypoints"}:
             torch.testing.assert_close(one[key][same], theirs[key][same], rtol=1e-4, atol=1e-3)
         if "keypoints" in one:  # places of maxima of heat maps, of which some are almost equal
