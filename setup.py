@@ -326,7 +326,7 @@ class BuildNinja(build_ext):
         objects += [file.compile(path, "cpu", flags) for path in bindings()]
         for isa, flags in self.isas().items():
             flags = f"{CPU_FLAGS} -DPVK_ISA={isa} {flags}"
-            objects += [file.compile(path, isa, flags) for path in sources("csrc/ops/*/cpu.cpp")]
+            objects += [file.compile(path, isa, flags) for path in sources("csrc/ops/*/cpu*.cpp")]
         file.build("libpvk_cpu.so", "link", objects, self.torch_libraries)
 
     def cuda_library(self, file: NinjaFile, cuda: Cuda, compiler: str) -> None:
