@@ -10,9 +10,9 @@
 #include "core/epilogue.h"
 #include "core/parallel.h"
 #include "core/transpose.h"
+#include "ops/conv2d/cpu_kernels.h"
 #include "ops/conv2d/cpu_winograd_product.h"
 #include "ops/conv2d/cpu_winograd_transforms.h"
-#include "ops/conv2d/conv2d.h"
 
 namespace pvk::conv2d {
 namespace PVK_ISA {

@@ -90,7 +90,7 @@ inline void product_columns(const T* left, int64_t left_pitch, int64_t rows, con
 template <typename T>
 inline void product(const T* left, int64_t left_pitch, int64_t rows, const T* right, int64_t depth, int64_t columns,
                     T* sums, int64_t sums_pitch) {
-  for (int64_t k = 0; k < depth; k += kDepthChunk) {
+  for (int64_t k = 0; k == 0 || k < depth; k += kDepthChunk) {  // depth 0 gives zeros
     const int64_t chunk = min_of(kDepthChunk, depth - k);
     for (int64_t column = 0; column < columns; column += kProductVectors * kLanes<T>) {
       const T* const panel = right + k * kPanel + column;
