@@ -54,12 +54,12 @@ struct Tile {
       for (int v = 0; v < kVectors; ++v) PVK_ISA::store(target + i * pitch + v * kLanes<T>, sum[i][v]);
   }
 
-  // sum[i] += the sum over k in [0, depth) of rows[i][k] * panel[k].
-  PVK_INLINE void multiply(const T* const* rows, const T* panel, int64_t depth) {
+  // sum[i] += the sum over k in [0, depth) of rows[i][first + k] * panel[k].
+  PVK_INLINE void multiply(const T* const* rows, const T* panel, int64_t depth, int64_t first = 0) {
     constexpr int kWidth = kVectors * kLanes<T>;
     const T* row[kRows];
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) row[i] = rows[i];
+    for (int i = 0; i < kRows; ++i) row[i] = rows[i] + first;
     int64_t k = 0;
     for (; k + 4 <= depth; k += 4, panel += 4 * kWidth) {
 #pragma GCC unroll 4
@@ -109,14 +109,15 @@ template <typename T>
 struct GemmBlock {
   const T* const* rows;  // [taps][row_pitch] pointers, of which the first `count` are used
   int64_t row_pitch;
-  int64_t count;       // rows of the result
-  int64_t taps;        // segments of k, each `depth` long
+  int64_t count;  // rows of the result
+  int64_t taps;   // segments of k, each `depth` long
   int64_t depth;
-  const T* panel;      // [taps][depth][width]; tap_pitch elements from one tap to the next
+  const T* panel;  // [taps][depth][width]; tap_pitch elements from one tap to the next
   int64_t tap_pitch;
-  T* sums;             // [count][pitch]
+  T* sums;  // [count][pitch]
   int64_t pitch;
-  bool accumulate;     // sums += instead of sums =
+  bool accumulate;    // sums += instead of sums =
+  int64_t first = 0;  // added to every pointer: a group's first channel, or a chunk's
 };
 
 // The last tile of a block is not left with a single row: rows are dealt out evenly.
@@ -136,7 +137,7 @@ void gemm_block_of(const GemmBlock<T>& b) {
         sums.clear();
       }
       for (int64_t tap = 0; tap < b.taps; ++tap)
-        sums.multiply(b.rows + tap * b.row_pitch + row, b.panel + tap * b.tap_pitch, b.depth);
+        sums.multiply(b.rows + tap * b.row_pitch + row, b.panel + tap * b.tap_pitch, b.depth, b.first);
       sums.store(target, b.pitch);
     });
     row += count;
