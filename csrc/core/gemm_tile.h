@@ -40,11 +40,11 @@ struct Tile {
       for (int v = 0; v < kVectors; ++v) sum[i][v] = Vec<T>{};
   }
 
-  PVK_INLINE void load(const T* source, int64_t pitch) {
+  PVK_INLINE void add(const T* source, int64_t pitch) {
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[i][v] = PVK_ISA::load(source + i * pitch + v * kLanes<T>);
+      for (int v = 0; v < kVectors; ++v) sum[i][v] += PVK_ISA::load(source + i * pitch + v * kLanes<T>);
   }
 
   PVK_INLINE void store(T* target, int64_t pitch) const {
@@ -116,7 +116,7 @@ struct GemmBlock {
   int64_t tap_pitch;
   T* sums;  // [count][pitch]
   int64_t pitch;
-  bool accumulate;    // sums += instead of sums =
+  bool accumulate;    // add to what sums holds, after the products are summed
   int64_t first = 0;  // added to every pointer: a group's first channel, or a chunk's
 };
 
@@ -131,13 +131,10 @@ void gemm_block_of(const GemmBlock<T>& b) {
     with_rows<kMax>(count, [&](auto rows) __attribute__((always_inline)) {
       Tile<T, decltype(rows)::value, kVectors> sums;
       T* const target = b.sums + row * b.pitch;
-      if (b.accumulate) {
-        sums.load(target, b.pitch);
-      } else {
-        sums.clear();
-      }
+      sums.clear();
       for (int64_t tap = 0; tap < b.taps; ++tap)
         sums.multiply(b.rows + tap * b.row_pitch + row, b.panel + tap * b.tap_pitch, b.depth, b.first);
+      if (b.accumulate) sums.add(target, b.pitch);
       sums.store(target, b.pitch);
     });
     row += count;

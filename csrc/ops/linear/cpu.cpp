@@ -51,8 +51,8 @@ void forward(const LinearParams& p) {
           sum += p.bias_dtype == p.dtype ? T(to_float(static_cast<const scalar_t*>(p.bias)[k]))
                                          : T(static_cast<const float*>(p.bias)[k]);
         if (p.residual)
-          sum += T(to_float(
-              static_cast<const scalar_t*>(p.residual)[m * p.residual_stride[0] + k * p.residual_stride[1]]));
+          sum += T(
+              to_float(static_cast<const scalar_t*>(p.residual)[m * p.residual_stride[0] + k * p.residual_stride[1]]));
         static_cast<scalar_t*>(p.output)[i] = from_float<scalar_t>(activate(p.activation, sum));
       }
     });

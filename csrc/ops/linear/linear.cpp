@@ -34,8 +34,8 @@ Tensor forward_op(const Tensor& input, const Tensor& weight, const OptionalTenso
   p.activation = Activation(activation);
   p.bias_dtype = p.dtype;
   if (bias) {
-    PVK_CHECK(bias->dim() == 1 && bias->size(0) == p.K && bias->is_contiguous(), kOp,
-              ": expected bias to have size [", p.K, "] and to be contiguous, but got ", shape_of(*bias));
+    PVK_CHECK(bias->dim() == 1 && bias->size(0) == p.K && bias->is_contiguous(), kOp, ": expected bias to have size [",
+              p.K, "] and to be contiguous, but got ", shape_of(*bias));
     PVK_CHECK(bias->scalar_type() == input.scalar_type() ||
                   (bias->scalar_type() == ScalarType::Float && input.scalar_type() != ScalarType::Double),
               kOp, ": expected bias to be ", input.scalar_type(),
