@@ -11,29 +11,40 @@ namespace pvk::conv2d::PVK_ISA {
 
 using namespace pvk::PVK_ISA;
 
-// Output channel k = c * M + m reads input channel c. The packed weight is [M][R * S][C], of the type computed in.
+// Output channel k = c * M + m reads input channel c. The packed weight is [M][R * S][pitch], of the type computed in,
+// with zeros from C to the pitch.
 
-// Input and output of stride 1 along C, and C >= kLanes.
+// Any layouts; meant for fewer channels than a register has lanes.
 template <typename scalar_t>
-void depthwise_channels_last(const Conv2dParams& p, const opmath_t<scalar_t>* weight);
+void depthwise_planes(const Conv2dParams& p, const opmath_t<scalar_t>* weight, int64_t pitch);
 
-// Input of stride 1 along W, output of any strides.
-template <typename scalar_t>
-void depthwise_planes(const Conv2dParams& p, const opmath_t<scalar_t>* weight);
-
-// The rows (or columns) that taps read: entry i is source_index(i - padding) * stride, -1 for zeros, and -1 for the
-// `spare` entries after those that outputs need.
-class TapOffsets {
+// The rows (or columns) of the input that taps read: entry i is that of place i - padding, -1 for zeros. `spare`
+// entries of -1 follow those that outputs need.
+class TapTable {
  public:
-  TapOffsets(const Conv2dParams& p, int axis, int64_t spare) {
+  TapTable(const Conv2dParams& p, int axis, int64_t spare) {
     const int64_t size = axis == 0 ? p.H : p.W, outputs = axis == 0 ? p.OH : p.OW, taps = axis == 0 ? p.R : p.S;
     const int64_t padding = axis == 0 ? p.padding_top : p.padding_left;
-    const int64_t needed = (outputs - 1) * p.stride[axis] + (taps - 1) * p.dilation[axis] + 1;
-    offsets_.reserve(needed + spare);
-    for (int64_t i = 0; i < needed + spare; ++i) {
-      const int64_t source = i < needed ? source_index(p.padding_mode, i - padding, size) : -1;
-      offsets_[i] = source < 0 ? -1 : source * p.input_stride[2 + axis];
-    }
+    needed_ = (outputs - 1) * p.stride[axis] + (taps - 1) * p.dilation[axis] + 1;
+    count_ = needed_ + spare;
+    entries_.reserve(count_);
+    for (int64_t i = 0; i < count_; ++i)
+      entries_[i] = i < needed_ ? source_index(p.padding_mode, i - padding, size) : -1;
+  }
+  int64_t operator[](int64_t i) const { return entries_[i]; }
+  int64_t needed() const { return needed_; }
+  int64_t count() const { return count_; }
+
+ private:
+  Buffer<int64_t> entries_;
+  int64_t needed_, count_;
+};
+
+// The same times a stride: offsets.
+class TapOffsets {
+ public:
+  TapOffsets(const TapTable& table, int64_t stride) : offsets_(table.count()) {
+    for (int64_t i = 0; i < table.count(); ++i) offsets_[i] = table[i] < 0 ? -1 : table[i] * stride;
   }
   const int64_t* data() const { return &offsets_[0]; }
 
