@@ -5,6 +5,7 @@ pyvision_kernels info | verify` says what is built and whether it computes the r
 """
 
 from pyvision_kernels import nn, ops
+from pyvision_kernels._backend import backend, strict_numerics
 from pyvision_kernels._extension import build_info, cpu_capability
 from pyvision_kernels.convert import conversion_report, convert, revert
 from pyvision_kernels.override import override_torchvision
@@ -12,6 +13,7 @@ from pyvision_kernels.override import override_torchvision
 __version__ = "0.1.0"
 __all__ = [
     "__version__",
+    "backend",
     "build_info",
     "conversion_report",
     "convert",
@@ -20,4 +22,5 @@ __all__ = [
     "ops",
     "override_torchvision",
     "revert",
+    "strict_numerics",
 ]
