@@ -1,4 +1,4 @@
-"""The activations that an op applies to its result: names, numbers of csrc/core/activation.h, functions, derivatives."""
+"""Activations that an op applies to its result: names, numbers of csrc/core/activation.h, functions, derivatives."""
 
 from __future__ import annotations
 

@@ -63,7 +63,8 @@ def backward(
         convolve: (input, weight, bias) -> their convolution.
     """
     input, weight, bias, scale, shift, residual = tensors
-    assert input is not None and weight is not None
+    assert input is not None
+    assert weight is not None
     stride, sides, dilation, groups, mode = numbers[0:2], numbers[2:6], numbers[6:8], numbers[8], numbers[9]
     convolved = before = None  # the convolution with its bias; what the activation is applied to
     if needs[3] or pool or _activation.needs_input(activation):

@@ -76,7 +76,7 @@ def _check(input, weight, numbers, named, residual, op="conv2d"):
 
 
 def _fake(input, weight, bias, scale, shift, residual, packed, *options):
-    numbers, (activation, pool, channels_last, _) = options[:_NUMBERS], options[_NUMBERS:]
+    numbers, (_, pool, channels_last, _) = options[:_NUMBERS], options[_NUMBERS:]
     rows, columns = _check(input, weight, numbers, {"bias": bias, "scale": scale, "shift": shift}, residual)
     size = (input.shape[0], weight.shape[0], rows // 2 if pool else rows, columns // 2 if pool else columns)
     return input.new_empty(size).contiguous(memory_format=_format(channels_last))
