@@ -6,6 +6,7 @@ the right thing here.
 """
 
 from pyvision_kernels import models, nn, ops
+from pyvision_kernels._backend import backend, strict_numerics
 from pyvision_kernels._extension import build_info, cpu_capability
 from pyvision_kernels.convert import conversion_report, convert, revert
 from pyvision_kernels.override import override_torchvision
@@ -13,6 +14,7 @@ from pyvision_kernels.override import override_torchvision
 __version__ = "0.1.0"
 __all__ = [
     "__version__",
+    "backend",
     "build_info",
     "conversion_report",
     "convert",
@@ -22,4 +24,5 @@ __all__ = [
     "ops",
     "override_torchvision",
     "revert",
+    "strict_numerics",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -81,9 +82,7 @@ class UNet(nn.Module):
             DoubleConv(before, after) for before, after in zip((in_channels, *channels), channels, strict=False)
         )
         upward = list(channels)[::-1]
-        self.up = nn.ModuleList(
-            Up(before, after, bilinear) for before, after in zip(upward, upward[1:], strict=False)
-        )
+        self.up = nn.ModuleList(Up(before, after, bilinear) for before, after in pairwise(upward))
         self.head = nn.Conv2d(channels[0], num_classes, 1)
 
     def forward(self, input: Tensor) -> Tensor:  # [N, in_channels, H, W] -> [N, num_classes, H, W]

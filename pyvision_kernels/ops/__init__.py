@@ -1,11 +1,13 @@
 """Functional ops. One folder a family of functions that run the same kernels."""
 
 from pyvision_kernels.ops.box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou
+from pyvision_kernels.ops.conv2d import conv1d, conv2d, conv2d_max_pool2d, conv_transpose2d
 from pyvision_kernels.ops.generalized_box_iou_loss import (
     complete_box_iou_loss,
     distance_box_iou_loss,
     generalized_box_iou_loss,
 )
+from pyvision_kernels.ops.linear import linear
 from pyvision_kernels.ops.nms import batched_nms, batched_nms_padded, nms, soft_nms
 from pyvision_kernels.ops.ps_roi_align import ps_roi_align, ps_roi_pool
 from pyvision_kernels.ops.roi_align import multiscale_roi_align, roi_align
@@ -18,10 +20,15 @@ __all__ = [
     "box_iou",
     "complete_box_iou",
     "complete_box_iou_loss",
+    "conv1d",
+    "conv2d",
+    "conv2d_max_pool2d",
+    "conv_transpose2d",
     "distance_box_iou",
     "distance_box_iou_loss",
     "generalized_box_iou",
     "generalized_box_iou_loss",
+    "linear",
     "multiscale_roi_align",
     "nms",
     "ps_roi_align",

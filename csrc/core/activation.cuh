@@ -1,0 +1,43 @@
+// The activations on a value of a kernel's computing type.
+#pragma once
+
+#include "core/activation.h"
+#include "core/warp.cuh"
+
+namespace pvk {
+
+PVK_DEVICE float exp_of(float x) {
+  return expf(x);
+}
+PVK_DEVICE double exp_of(double x) {
+  return exp(x);
+}
+PVK_DEVICE float erf_of(float x) {
+  return erff(x);
+}
+PVK_DEVICE double erf_of(double x) {
+  return erf(x);
+}
+
+template <typename T>
+PVK_DEVICE T activate(Activation activation, T x) {
+  switch (activation) {  // comparisons are such that NaN stays NaN
+    case Activation::kRelu:
+      return x < T(0) ? T(0) : x;
+    case Activation::kRelu6:
+      return x < T(0) ? T(0) : x > T(6) ? T(6) : x;
+    case Activation::kHardswish:
+      return x * (x < T(-3) ? T(0) : x > T(3) ? T(6) : x + T(3)) / T(6);
+    case Activation::kSilu:
+      return x / (T(1) + exp_of(-x));
+    case Activation::kGelu:
+      return T(0.5) * x * (T(1) + erf_of(x * T(0.70710678118654752440)));
+    case Activation::kSigmoid:
+      return T(1) / (T(1) + exp_of(-x));
+    case Activation::kNone:
+      break;
+  }
+  return x;
+}
+
+}  // namespace pvk

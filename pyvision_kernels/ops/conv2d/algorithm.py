@@ -1,0 +1,59 @@
+"""Which kernel computes a convolution: the rule behind `pvk.backend("auto")`, by shape alone.
+
+The figures that it rests on are medians of ratios measured by `make bench-full`; docs/ops/conv2d.md has the table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Numbers are those of csrc/ops/conv2d/conv2d.h.
+DIRECT, WINOGRAD2, WINOGRAD4, DEPTHWISE, FEW_CHANNELS = range(5)
+NAMES = ("direct", "winograd2", "winograd4", "depthwise", "few_channels")
+FEW = 4  # channels of a first layer, at most
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes of a convolution: N images, C channels in, K out, R x S taps, OH x OW pixels out."""
+
+    N: int
+    C: int
+    H: int
+    W: int
+    K: int
+    R: int
+    S: int
+    OH: int
+    OW: int
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    dtype: torch.dtype
+    device: str
+
+    @property
+    def is_dense_3x3(self) -> bool:
+        one = (1, 1)
+        return (self.R, self.S) == (3, 3) and self.stride == one and self.dilation == one and self.groups == 1
+
+
+def ours(problem: Problem, strict: bool) -> int:
+    """The best of our own kernels. strict: without F(4x4, 3x3), whose error may exceed twice PyTorch's."""
+    p = problem
+    if p.groups > 1 and p.groups == p.C:
+        return DEPTHWISE
+    if p.groups == 1 and p.C <= FEW:
+        return FEW_CHANNELS
+    if not p.is_dense_3x3 or p.C < 16 or p.K < 16:
+        return DIRECT
+    if strict or min(p.OH, p.OW) < 8 or p.N * p.OH * p.OW < 256:
+        return WINOGRAD2
+    return WINOGRAD4
+
+
+def torch_is_faster(problem: Problem) -> bool:
+    """Where PyTorch's kernel was measured to be faster than ours."""
+    return problem.device == "cuda"  # our kernel there is plain, for now

@@ -1,0 +1,108 @@
+"""The gradient of conv2d in PyTorch's operators, each of which is differentiable again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyvision_kernels import _activation
+
+
+def _source_rows(mode: int, size: int, before: int, after: int, device: torch.device) -> Tensor:
+    """Which row each row of the padded map is a copy of (csrc/ops/conv2d/conv2d.h: source_index)."""
+    i = torch.arange(-before, size + after, device=device)
+    if mode == 1:
+        return size - 1 - (size - 1 - i.abs()).abs()
+    return i.clamp(0, size - 1) if mode == 2 else i % size
+
+
+def _pad(input: Tensor, sides: tuple[int, ...], mode: int) -> Tensor:
+    left, right, top, bottom = sides
+    if mode == 0:
+        return F.pad(input, sides)
+    rows = _source_rows(mode, input.shape[2], top, bottom, input.device)
+    return input.index_select(2, rows).index_select(3, _source_rows(mode, input.shape[3], left, right, input.device))
+
+
+def _unpad(grad: Tensor, input: Tensor, sides: tuple[int, ...], mode: int) -> Tensor:
+    left, right, top, bottom = sides
+    height, width = input.shape[2:]
+    if mode == 0:
+        return grad[:, :, top : top + height, left : left + width]
+    rows = _source_rows(mode, height, top, bottom, grad.device)
+    columns = _source_rows(mode, width, left, right, grad.device)
+    grad = grad.new_zeros((*grad.shape[:2], height, grad.shape[3])).index_add(2, rows, grad)
+    return grad.new_zeros((*grad.shape[:3], width)).index_add(3, columns, grad)
+
+
+def _per_channel(value: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if value is None else value.to(like.dtype).view(-1, 1, 1)
+
+
+def backward(
+    grad: Tensor,
+    needs: tuple[bool, ...],
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[int, ...],
+    activation: int,
+    pool: bool,
+    result: Tensor | None,
+    convolve: Any,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of input, weight, bias, scale, shift, residual.
+
+    Args:
+        grad: Of the result.
+        needs: Which of the six are asked for.
+        tensors: The six.
+        numbers: Of the Geometry.
+        result: Of the forward, where it was not pooled.
+        convolve: (input, weight, bias) -> their convolution.
+    """
+    input, weight, bias, scale, shift, residual = tensors
+    assert input is not None
+    assert weight is not None
+    stride, sides, dilation, groups, mode = numbers[0:2], numbers[2:6], numbers[6:8], numbers[8], numbers[9]
+    convolved = before = None  # the convolution with its bias; what the activation is applied to
+    if needs[3] or pool or _activation.needs_input(activation):
+        convolved = before = convolve(input, weight, bias)
+        if scale is not None:
+            before = before * _per_channel(scale, before)
+        if shift is not None:
+            before = before + _per_channel(shift, before)
+        if residual is not None:
+            before = before + residual
+    if pool:
+        result = _activation.apply(activation, before)
+        chosen = F.max_pool2d(result.detach(), 2, return_indices=True)[1]
+        spread = grad.new_zeros((*grad.shape[:2], result.shape[2] * result.shape[3]))
+        # Windows do not overlap, so no place is written twice.
+        grad = spread.scatter(2, chosen.flatten(2), grad.flatten(2)).view(result.shape)
+    if activation:
+        grad = _activation.backward(activation, grad, before if _activation.needs_input(activation) else result)
+    grads: list[Tensor | None] = [None] * 6
+    grads[5] = grad if needs[5] else None
+    if needs[4] and shift is not None:
+        grads[4] = grad.sum((0, 2, 3)).to(shift.dtype)
+    if needs[3] and scale is not None:
+        grads[3] = (grad * convolved).sum((0, 2, 3)).to(scale.dtype)
+    if not any(needs[:3]):
+        return tuple(grads)
+    if scale is not None:
+        grad = grad * _per_channel(scale, grad)
+    if needs[2] and bias is not None:
+        grads[2] = grad.sum((0, 2, 3)).to(bias.dtype)
+    if needs[0] or needs[1]:
+        left, right, top, bottom = sides
+        within = mode == 0 and (left, top) == (right, bottom)
+        source = input if within else _pad(input, sides, mode)
+        padding = [top, left] if within else [0, 0]
+        by_source, by_weight, _ = torch.ops.aten.convolution_backward(
+            grad, source, weight, None, stride, padding, dilation, False, [0, 0], groups, [needs[0], needs[1], False]
+        )
+        grads[0] = by_source if within or by_source is None else _unpad(by_source, input, sides, mode)
+        grads[1] = by_weight
+    return tuple(grads)

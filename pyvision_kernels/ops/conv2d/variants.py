@@ -1,0 +1,183 @@
+"""conv1d and conv_transpose2d, through conv2d."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyvision_kernels import _activation, _backend
+from pyvision_kernels._check import require, require_tensors
+from pyvision_kernels.ops.conv2d.geometry import Geometry, Padding, as_pair
+from pyvision_kernels.ops.conv2d.operator import run
+
+
+def _in_a_row(op: str, name: str, value: Any, least: int) -> tuple[int, int]:
+    """(least, value) for an int or a sequence of one."""
+    if isinstance(value, Sequence) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, Sequence):
+        raise TypeError(f"{op}: expected {name} to be an int, but got {value!r}")
+    return (least, as_pair(op, name, value, least)[1])
+
+
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: Padding = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    activation: str | None = None,
+    padding_mode: str = "zeros",
+) -> Tensor:
+    """Convolution along one dimension: that of a map with one row.
+
+    Matches `torch.nn.functional.conv1d`.
+
+    Args:
+        input (Tensor[N, C, L] or [C, L]): As of `conv2d`.
+        weight (Tensor[K, C / groups, S]), bias (Tensor[K]), groups, activation, padding_mode: As of `conv2d`.
+        stride, dilation (int): Default: 1.
+        padding (int, pair or str): Elements before and after; a pair (before, after), ``"valid"`` or ``"same"``.
+
+    Returns:
+        Tensor[N, K, OL] of input's dtype.
+
+    Raises:
+        As `conv2d`.
+
+    Note: deterministic; as of `conv2d`.
+    Reference: torch.nn.functional.conv1d.
+    """
+    op = "conv1d"
+    require_tensors(op, input=input, weight=weight, **({} if bias is None else {"bias": bias}))
+    _activation.number_of(op, activation)
+    require(weight.dim() == 3, op, "weight to have 3 dimensions [K, C / groups, S]", weight.shape)
+    require(input.dim() in (2, 3), op, "input to have 3 dimensions [N, C, L], or 2 without N", input.shape)
+    geometry = row_geometry(stride, padding, dilation, groups, padding_mode, weight.shape[2], op)
+    return run_row(input, weight, bias, geometry, activation=activation)
+
+
+def row_geometry(
+    stride: Any, padding: Any, dilation: Any, groups: int, padding_mode: str, taps: int, op: str = "conv1d"
+) -> Geometry:
+    """The Geometry of a convolution along one dimension."""
+    stride, dilation = _in_a_row(op, "stride", stride, 1), _in_a_row(op, "dilation", dilation, 1)
+    if not isinstance(padding, str):
+        sides = (padding,) if not isinstance(padding, Sequence) else tuple(padding)
+        if len(sides) not in (1, 2):
+            raise TypeError(
+                f"{op}: expected padding to be 'same', 'valid', an int or a pair of ints, but got {padding!r}"
+            )
+        padding = (sides[0], sides[-1], 0, 0)
+    return Geometry.of(stride, padding, dilation, groups, padding_mode, (1, taps), op)
+
+
+def run_row(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, **options: Any) -> Tensor:
+    """`run` for [N, C, L] or [C, L] and [K, C / groups, S]."""
+    rows = (input if input.dim() == 3 else input.unsqueeze(0)).unsqueeze(2)
+    out = run(rows, weight.unsqueeze(2), bias, geometry, channels_last=False, **options).squeeze(2)
+    return out if input.dim() == 3 else out.squeeze(0)
+
+
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """Transposed convolution: the gradient of conv2d with respect to its input.
+
+    Matches `torch.nn.functional.conv_transpose2d`. Our kernel convolves the input, its pixels spread by the stride,
+    with the flipped weight; with ``pvk.backend("auto")`` a stride above 1 goes to PyTorch, which skips the zeros.
+
+    Args:
+        input (Tensor[N, C, H, W] or [C, H, W]): As of `conv2d`.
+        weight (Tensor[C, K / groups, R, S]): Of input's dtype.
+        bias (Tensor[K]): Of input's dtype.
+        stride, padding, dilation (int or pair): Of the convolution that this is the gradient of.
+        output_padding (int or pair): Rows below and columns to the right that the size of the input leaves open; below
+            stride or dilation. Default: 0.
+        groups (int): Default: 1.
+        activation (str): As of `conv2d`.
+
+    Returns:
+        Tensor[N, K, OH, OW], OH = (H - 1) * stride - 2 * padding + dilation * (R - 1) + output_padding + 1.
+
+    Raises:
+        As `conv2d`.
+
+    Note: deterministic; the gradient is by PyTorch's operators.
+    Reference: Dumoulin and Visin, A guide to convolution arithmetic for deep learning, 2016.
+    """
+    op = "conv_transpose2d"
+    require_tensors(op, input=input, weight=weight, **({} if bias is None else {"bias": bias}))
+    _activation.number_of(op, activation)
+    require(weight.dim() == 4, op, "weight to have 4 dimensions [C, K / groups, R, S]", weight.shape)
+    require(input.dim() in (3, 4), op, "input to have 4 dimensions [N, C, H, W], or 3 without N", input.shape)
+    stride, dilation = as_pair(op, "stride", stride, 1), as_pair(op, "dilation", dilation, 1)
+    padding, extra = as_pair(op, "padding", padding, 0), as_pair(op, "output_padding", output_padding, 0)
+    geometry = Geometry.of(1, 0, dilation, groups, "zeros", weight.shape[2:], op)
+    if input.dim() == 3:
+        return conv_transpose2d(
+            input.unsqueeze(0), weight, bias, stride, padding, extra, groups, dilation, activation=activation
+        ).squeeze(0)
+    require(
+        input.shape[1] == weight.shape[0] and weight.shape[0] % groups == 0,
+        op,
+        f"input to have the channels of weight, {weight.shape[0]}, in a multiple of groups {groups}",
+        input.shape,
+    )
+    require(input.dtype == weight.dtype, op, f"weight to be {input.dtype} as input is", weight.dtype)
+    require(weight.shape[2] > 0 and weight.shape[3] > 0, op, "weight to have at least one tap", weight.shape)
+    for more, step, spread in zip(extra, stride, dilation, strict=True):
+        require(more < max(step, spread), op, "output_padding to be below stride or dilation", extra)
+    if (
+        torch.is_autocast_enabled(input.device.type)
+        or _backend.CHOICE.backend == "torch"
+        or (_backend.CHOICE.backend == "auto" and (stride != (1, 1) or input.is_cuda))
+    ):
+        out = F.conv_transpose2d(input, weight, bias, stride, padding, extra, groups, dilation)
+        return _activation.apply(_activation.number_of(op, activation), out)
+    # What the reach of the weight leaves at each end, a negative number where it is cut off.
+    reach = [spread * (taps - 1) for spread, taps in zip(dilation, weight.shape[2:], strict=True)]
+    before = [whole - cut for whole, cut in zip(reach, padding, strict=True)]
+    ends = [(first, first + more) for first, more in zip(before, extra, strict=True)]
+    spread_map = F.pad(_spread(input, stride), (*ends[1], *ends[0]))
+    require(
+        all(size > whole for size, whole in zip(spread_map.shape[2:], reach, strict=True)),
+        op,
+        "an output with at least one pixel",
+        [size - whole for size, whole in zip(spread_map.shape[2:], reach, strict=True)],
+    )
+    return run(spread_map, _flipped(weight, groups), bias, geometry, activation=activation)
+
+
+def _spread(input: Tensor, stride: tuple[int, int]) -> Tensor:
+    """The pixels with stride - 1 zeros between them."""
+    if stride == (1, 1):
+        return input
+    images, channels, height, width = input.shape
+    rows, columns = stride
+    wide = F.pad(input[:, :, :, None, :, None], (0, columns - 1, 0, 0, 0, rows - 1))
+    wide = wide.reshape(images, channels, height * rows, width * columns)
+    return wide[:, :, : max(height * rows - rows + 1, 0), : max(width * columns - columns + 1, 0)]
+
+
+def _flipped(weight: Tensor, groups: int) -> Tensor:
+    """[C, K / groups, R, S] as the weight [K, C / groups, R, S] of the convolution."""
+    channels, outputs, *taps = weight.shape
+    grouped = weight.flip(2, 3).view(groups, channels // groups, outputs, *taps)
+    return grouped.transpose(1, 2).reshape(groups * outputs, channels // groups, *taps)

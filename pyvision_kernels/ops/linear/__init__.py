@@ -1,0 +1,180 @@
+"""Fully connected layer: schema, checks, gradient, the rule of `auto`, and the public function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyvision_kernels import _activation
+from pyvision_kernels._backend import CHOICE
+from pyvision_kernels._check import FLOATING, require, require_tensors
+from pyvision_kernels._op import declare
+from pyvision_kernels.ops.conv2d.operator import Packs
+from pyvision_kernels.ops.linear import reference
+
+_OP = "linear"
+
+
+def _check(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    require(weight.dim() == 2, _OP, "weight to have 2 dimensions [K, C]", weight.shape)
+    channels = weight.shape[1]
+    require(
+        input.dim() == 2 and input.shape[1] == channels,
+        _OP,
+        f"input to have size [M, {channels}] as weight has",
+        input.shape,
+    )
+    if input.dtype not in FLOATING:
+        raise RuntimeError(f"{_OP}: expected input to be float16, bfloat16, float32 or float64, but got {input.dtype}")
+    for name, tensor in (("weight", weight), ("residual", residual), ("bias", bias)):
+        if tensor is None:
+            continue
+        beside = name == "bias" and tensor.dtype == torch.float32 and input.dtype != torch.float64
+        require(tensor.dtype == input.dtype or beside, _OP, f"{name} to be {input.dtype} as input is", tensor.dtype)
+        require(tensor.device == input.device, _OP, f"{name} to be on the device of input", tensor.device)
+    if bias is not None:
+        require(tuple(bias.shape) == (weight.shape[0],), _OP, f"bias to have size [{weight.shape[0]}]", bias.shape)
+    if residual is not None:
+        wanted = [input.shape[0], weight.shape[0]]
+        require(list(residual.shape) == wanted, _OP, f"residual to have size {wanted}", residual.shape)
+
+
+def _fake(input, weight, bias, residual, packed, activation):
+    _check(input, weight, bias, residual)
+    return input.new_empty((input.shape[0], weight.shape[0]))
+
+
+def _setup(ctx, inputs, output):
+    *tensors, _, ctx.activation = inputs
+    by_result = ctx.activation != 0 and not _activation.needs_input(ctx.activation)
+    ctx.save_for_backward(*tensors, output if by_result else None)
+
+
+def _backward(ctx, grad):
+    input, weight, bias, residual, at = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    if _activation.needs_input(ctx.activation):
+        at = linear_op(input, weight, bias, residual, None, 0)
+    grad = _activation.backward(ctx.activation, grad, at)
+    return (
+        grad @ weight if needs[0] else None,
+        grad.mT @ input if needs[1] else None,
+        grad.sum(0).to(bias.dtype) if needs[2] else None,
+        grad if needs[3] else None,
+        None,
+        None,
+    )
+
+
+def _cast(*args):
+    # As torch's linear: all in autocast's dtype, but float64.
+    dtype = torch.get_autocast_dtype(args[0].device.type)
+    cast = (arg.to(dtype) if isinstance(arg, Tensor) and arg.dtype in FLOATING[:3] else arg for arg in args[:4])
+    return *cast, None, args[5]
+
+
+def _vmap(info, in_dims, *args):
+    tensors = [
+        arg.unbind(dim) if dim is not None else (arg,) * info.batch_size
+        for arg, dim in zip(args[:5], in_dims[:5], strict=True)
+    ]
+    return torch.stack([linear_op(*one, args[5]) for one in zip(*tensors, strict=True)]), 0
+
+
+linear_op = declare(
+    "linear(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? packed, int activation) -> Tensor",
+    fake=_fake,
+    setup_context=_setup,
+    backward=_backward,
+    autocast=_cast,
+    vmap=_vmap,
+)
+
+
+def _fake_pack(weight):
+    return weight.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.uint8)
+
+
+linear_pack_op = declare("_linear_pack(Tensor weight) -> Tensor", fake=_fake_pack)
+
+
+def torch_is_faster(rows: int, features: int, outputs: int, dtype: torch.dtype, device: str) -> bool:
+    """Where PyTorch's kernel was measured to be faster than ours."""
+    return device == "cuda"  # our kernel there is plain, for now
+
+
+def run(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    packs: Packs | None = None,
+) -> Tensor:
+    """linear for layers: of checked arguments, with a packed weight, by the kernel that the rule picks."""
+    size = input.shape
+    if input.dim() != 2:
+        require(input.dim() > 0 and weight.dim() == 2, _OP, "input to have size [..., C], weight [K, C]", size)
+        require(size[-1] == weight.shape[1], _OP, f"input to have {weight.shape[1]} features as weight has", size)
+        out_size = (*size[:-1], weight.shape[0])
+        if residual is not None:
+            require(tuple(residual.shape) == out_size, _OP, f"residual to have size {list(out_size)}", residual.shape)
+            residual = residual.reshape(-1, weight.shape[0])
+        rows = input.reshape(size[:-1].numel(), size[-1])
+        return run(rows, weight, bias, residual=residual, activation=activation, packs=packs).reshape(out_size)
+    mode = CHOICE.backend
+    if mode == "torch" or (
+        mode == "auto" and torch_is_faster(size[0], size[1], weight.shape[0], input.dtype, input.device.type)
+    ):
+        return reference.linear(input, weight, bias, residual=residual, activation=activation)
+    packed = None
+    if packs is not None:
+        packed = packs.get(weight, input.dtype, lambda: linear_pack_op(weight.detach()))
+    return linear_op(input, weight, bias, residual, packed, _activation.NUMBERS[activation])
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """Fully connected layer, with a residual and an activation in the same pass.
+
+    ``activation(input @ weight.T + bias + residual)``. Matches `torch.nn.functional.linear`; what comes after the
+    product is in float32 for 16-bit types, and rounded once.
+
+    Args:
+        input (Tensor[..., C]): float16, bfloat16, float32 or float64; any strides.
+        weight (Tensor[K, C]): Of input's dtype; any strides.
+        bias (Tensor[K]): Of input's dtype, or float32 beside a 16-bit input.
+        residual (Tensor[..., K]): Added before the activation; of input's dtype.
+        activation (str): ``"relu"``, ``"relu6"``, ``"hardswish"``, ``"silu"``, ``"gelu"``, ``"sigmoid"`` or None.
+
+    Returns:
+        Tensor[..., K] of input's dtype, contiguous.
+
+    Raises:
+        RuntimeError: sizes, dtypes or devices do not fit each other.
+        ValueError: ``activation`` is none of these.
+        TypeError: an argument is not a Tensor.
+
+    Note: deterministic. The gradient is by PyTorch's operators, and differentiable again.
+    Reference: torch.nn.functional.linear.
+    """
+    given: dict[str, Any] = {"bias": bias, "residual": residual}
+    require_tensors(
+        _OP, input=input, weight=weight, **{key: value for key, value in given.items() if value is not None}
+    )
+    _activation.number_of(_OP, activation)
+    if weight.dim() == 1:  # torch takes a weight [C] for one output without a dimension
+        require(bias is None or bias.dim() == 0, _OP, "bias to have no dimension beside a weight of one", given["bias"])
+        one = None if bias is None else bias.reshape(1)
+        rest = None if residual is None else residual.unsqueeze(-1)
+        return linear(input, weight.unsqueeze(0), one, residual=rest, activation=activation).squeeze(-1)
+    return run(input, weight, bias, residual=residual, activation=activation)
