@@ -9,6 +9,7 @@
 
 #include "core/math.h"
 #include "core/simd.h"
+#include "core/simd_partial.h"
 
 namespace pvk::PVK_ISA {
 
@@ -29,6 +30,19 @@ inline constexpr int kMaxTileRows = 12;
 template <typename T>
 inline constexpr int kPanelWidth = kTileVectors * kLanes<T>;
 
+// What may follow the sums in registers: min(max(sum * scale + shift + residual, low), high), stored. NaN stays NaN.
+template <typename T>
+struct TileFinish {
+  const T* scale;  // [width], as shift
+  const T* shift;
+  T low, high;
+  T* output;  // [rows][output_pitch]
+  int64_t output_pitch;
+  const T* residual;  // [rows][residual_pitch], or null
+  int64_t residual_pitch;
+  int64_t channels;  // of the panel: all of its registers, the last one at least in part
+};
+
 template <typename T, int kRows, int kVectors>
 struct Tile {
   Vec<T> sum[kRows][kVectors];
@@ -40,11 +54,11 @@ struct Tile {
       for (int v = 0; v < kVectors; ++v) sum[i][v] = Vec<T>{};
   }
 
-  PVK_INLINE void load(const T* source, int64_t pitch) {
+  PVK_INLINE void add(const T* source, int64_t pitch) {
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[i][v] = PVK_ISA::load(source + i * pitch + v * kLanes<T>);
+      for (int v = 0; v < kVectors; ++v) sum[i][v] += PVK_ISA::load(source + i * pitch + v * kLanes<T>);
   }
 
   PVK_INLINE void store(T* target, int64_t pitch) const {
@@ -54,12 +68,51 @@ struct Tile {
       for (int v = 0; v < kVectors; ++v) PVK_ISA::store(target + i * pitch + v * kLanes<T>, sum[i][v]);
   }
 
-  // sum[i] += the sum over k in [0, depth) of rows[i][k] * panel[k].
-  PVK_INLINE void multiply(const T* const* rows, const T* panel, int64_t depth) {
+  PVK_INLINE void finish(const TileFinish<T>& f, int64_t row) {
+    const int64_t last = f.channels - (kVectors - 1) * kLanes<T>;
+    T* const output = f.output + row * f.output_pitch;
+    if (f.residual != nullptr) {
+      const T* const residual = f.residual + row * f.residual_pitch;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const Vec<T> scale = PVK_ISA::load(f.scale + v * kLanes<T>), shift = PVK_ISA::load(f.shift + v * kLanes<T>);
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+          const T* const from = residual + i * f.residual_pitch + v * kLanes<T>;
+          sum[i][v] = fma(sum[i][v], scale, shift) +
+                      (v == kVectors - 1 && last < kLanes<T> ? load_first(from, last) : PVK_ISA::load(from));
+        }
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const Vec<T> scale = PVK_ISA::load(f.scale + v * kLanes<T>), shift = PVK_ISA::load(f.shift + v * kLanes<T>);
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) sum[i][v] = fma(sum[i][v], scale, shift);
+      }
+    }
+    const Vec<T> low = splat(f.low), high = splat(f.high);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        Vec<T> value = sum[i][v] < low ? low : sum[i][v];
+        value = value > high ? high : value;
+        T* const to = output + i * f.output_pitch + v * kLanes<T>;
+        if (v == kVectors - 1 && last < kLanes<T>) {
+          store_first(to, value, last);
+        } else {
+          PVK_ISA::store(to, value);
+        }
+      }
+  }
+
+  // sum[i] += the sum over k in [0, depth) of rows[i][first + k] * panel[k].
+  PVK_INLINE void multiply(const T* const* rows, const T* panel, int64_t depth, int64_t first = 0) {
     constexpr int kWidth = kVectors * kLanes<T>;
     const T* row[kRows];
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) row[i] = rows[i];
+    for (int i = 0; i < kRows; ++i) row[i] = rows[i] + first;
     int64_t k = 0;
     for (; k + 4 <= depth; k += 4, panel += 4 * kWidth) {
 #pragma GCC unroll 4
@@ -109,14 +162,16 @@ template <typename T>
 struct GemmBlock {
   const T* const* rows;  // [taps][row_pitch] pointers, of which the first `count` are used
   int64_t row_pitch;
-  int64_t count;       // rows of the result
-  int64_t taps;        // segments of k, each `depth` long
+  int64_t count;  // rows of the result
+  int64_t taps;   // segments of k, each `depth` long
   int64_t depth;
-  const T* panel;      // [taps][depth][width]; tap_pitch elements from one tap to the next
+  const T* panel;  // [taps][depth][width]; tap_pitch elements from one tap to the next
   int64_t tap_pitch;
-  T* sums;             // [count][pitch]
+  T* sums;  // [count][pitch]
   int64_t pitch;
-  bool accumulate;     // sums += instead of sums =
+  bool accumulate;                        // add to what sums holds, after the products are summed
+  const TileFinish<T>* finish = nullptr;  // applied to what sums would hold, instead of storing that
+  int64_t first = 0;                      // added to every pointer: a group's first channel, or a chunk's
 };
 
 // The last tile of a block is not left with a single row: rows are dealt out evenly.
@@ -130,13 +185,11 @@ void gemm_block_of(const GemmBlock<T>& b) {
     with_rows<kMax>(count, [&](auto rows) __attribute__((always_inline)) {
       Tile<T, decltype(rows)::value, kVectors> sums;
       T* const target = b.sums + row * b.pitch;
-      if (b.accumulate) {
-        sums.load(target, b.pitch);
-      } else {
-        sums.clear();
-      }
+      sums.clear();
       for (int64_t tap = 0; tap < b.taps; ++tap)
-        sums.multiply(b.rows + tap * b.row_pitch + row, b.panel + tap * b.tap_pitch, b.depth);
+        sums.multiply(b.rows + tap * b.row_pitch + row, b.panel + tap * b.tap_pitch, b.depth, b.first);
+      if (b.accumulate) sums.add(target, b.pitch);
+      if (b.finish != nullptr) return sums.finish(*b.finish, row);
       sums.store(target, b.pitch);
     });
     row += count;

@@ -1,111 +1,318 @@
-// conv2d on the CPU, directly: plain loops, to be replaced.
-#include <cmath>
-
+// Direct convolution on the CPU, any geometry: a matrix product whose rows are the pixels that the taps read.
+//
+// Input is NHWC (stride of C is 1). A piece of work is a block of output pixels times some panels of outputs: its table
+// of row pointers is made once, each panel's sums stay in L1/L2, and the epilogue, pooling included, runs on them
+// there. The depth (taps x channels) is cut so that a panel stays in L2; cuts depend on shapes alone, so results do not
+// depend on the number of threads.
 #include "core/buffer.h"
 #include "core/dispatch.h"
+#include "core/epilogue.h"
+#include "core/gemm_tile.h"
 #include "core/parallel.h"
 #include "core/simd.h"
+#include "ops/conv2d/conv2d.h"
+#include "ops/conv2d/cpu_direct_pack.h"
+#include "ops/conv2d/cpu_direct_taps.h"
 #include "ops/conv2d/cpu_kernels.h"
 
-namespace pvk::conv2d::PVK_ISA {
+namespace pvk::conv2d {
+namespace PVK_ISA {
 namespace {
 
-using namespace pvk::PVK_ISA;
+// Of a panel that stays in L2, and of a sum before it is added to the others: the error grows with its root.
+constexpr int64_t kDepth = 256;
+constexpr int64_t kBlockElements = 1 << 16;  // of input that stays beside it
 
+// Everything that the pieces of one call share.
+template <typename scalar_t>
+struct Direct {
+  using T = opmath_t<scalar_t>;
+  const Conv2dParams& p;
+  const DirectWeights<T>& weights;
+  const Epilogue<T>& epilogue;
+  const TapTable& taps;
+  const T* input;
+  const T* packed;
+  const T* zeros;
+  bool skip_padding;  // weights are not finite
+  int64_t units;      // output pixels, or windows of four
+};
+
+// sums[i][:] of one panel of one group, or what `finish` makes of them; `first` is the group's first channel.
 template <typename T>
-T activate(Activation activation, T x) {
-  switch (activation) {
-    case Activation::kRelu:
-      return x < 0 ? T(0) : x;
-    case Activation::kRelu6:
-      return x < 0 ? T(0) : x > 6 ? T(6) : x;
-    case Activation::kHardswish:
-      return x * (x < -3 ? T(0) : x > 3 ? T(1) : (x + 3) / 6);
-    case Activation::kSilu:
-      return x / (1 + std::exp(-x));
-    case Activation::kGelu:
-      return T(0.5) * x * (1 + std::erf(x * T(0.70710678118654752440)));
-    case Activation::kSigmoid:
-      return 1 / (1 + std::exp(-x));
-    case Activation::kNone:
-      break;
-  }
-  return x;
+void multiply_panel(const DirectWeights<T>& w, GemmBlock<T> block, int vectors, const T* panel, int64_t first,
+                    const TileFinish<T>* finish) {
+  const int width = vectors * kLanes<T>;
+  const int64_t pieces = max_of<int64_t>(1, ceil_div(w.channels, kDepth));  // of the channels
+  const int64_t taps_at_once = pieces > 1 ? 1 : max_of<int64_t>(1, kDepth / max_of<int64_t>(1, w.channels));
+  const T* const* const rows = block.rows;
+  block.tap_pitch = w.channels * width;
+  block.accumulate = false;
+  for (int64_t tap = 0; tap < w.taps; tap += taps_at_once)
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const int64_t begin = w.channels * piece / pieces, end = w.channels * (piece + 1) / pieces;
+      block.rows = rows + tap * block.row_pitch;
+      block.taps = min_of(taps_at_once, w.taps - tap);
+      block.depth = end - begin;
+      block.first = first + begin;
+      block.panel = panel + tap * block.tap_pitch + begin * width;
+      const bool last = tap + block.taps == w.taps && piece + 1 == pieces;
+      block.finish = last ? finish : nullptr;
+      gemm_block(block, vectors);
+      block.accumulate = true;
+    }
 }
 
+// The same, pixel by pixel, leaving out the taps that read padding.
 template <typename T>
-T channel(const void* values, DType dtype, int64_t k) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return static_cast<const float*>(values)[k];
-    case DType::kFloat64:
-      return T(static_cast<const double*>(values)[k]);
-    case DType::kFloat16:
-      return to_float(static_cast<const Float16*>(values)[k]);
-    case DType::kBFloat16:
-      return to_float(static_cast<const BFloat16*>(values)[k]);
+void multiply_panel_without_padding(const DirectWeights<T>& w, GemmBlock<T> block, int vectors, const T* panel,
+                                    int64_t first, const T* zeros) {
+  const int width = vectors * kLanes<T>;
+  const T* const* const rows = block.rows;
+  T* const sums = block.sums;
+  const int64_t count = block.count;
+  block.count = block.taps = 1;
+  block.depth = w.channels;
+  block.first = first;
+  for (int64_t i = 0; i < count; ++i) {
+    block.sums = sums + i * block.pitch;
+    for (int64_t lane = 0; lane < width; ++lane) block.sums[lane] = T(0);
+    block.accumulate = true;
+    for (int64_t tap = 0; tap < w.taps; ++tap) {
+      block.rows = rows + tap * block.row_pitch + i;
+      if (*block.rows == zeros) continue;
+      block.panel = panel + tap * w.channels * width;
+      gemm_block(block, vectors);
+    }
   }
-  return 0;
+}
+
+// A panel's finished sums of `count` windows, corner after corner, to the largest of each window.
+template <typename scalar_t>
+void store_pooled(scalar_t* output, int64_t pitch, const opmath_t<scalar_t>* values, int64_t values_pitch,
+                  int64_t count, int64_t channels) {
+  using T = opmath_t<scalar_t>;
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t c = 0; c < channels; c += kLanes<T>) {
+      Vec<T> largest = load(values + i * values_pitch + c);
+      for (int64_t corner = 1; corner < 4; ++corner) {
+        const Vec<T> value = load(values + (corner * count + i) * values_pitch + c);
+        largest = value > largest || value != value ? value : largest;
+      }
+      if (channels - c < kLanes<T>) {
+        store_first(output + i * pitch + c, largest, channels - c);
+      } else {
+        store(output + i * pitch + c, largest);
+      }
+    }
+}
+
+// Finishes a panel's sums. Rows of a residual that is not dense are not evenly spaced: one by one.
+template <typename scalar_t>
+void finish_block(const Direct<scalar_t>& d, FinishRows<scalar_t> rows, int64_t first_pixel) {
+  const Conv2dParams& p = d.p;
+  const int64_t (&stride)[4] = p.residual_stride;
+  const scalar_t* const residual = static_cast<const scalar_t*>(p.residual) + rows.first * stride[1];
+  rows.residual_channel_stride = stride[1];
+  rows.residual_pitch = stride[3];
+  if (p.residual == nullptr) return finish_rows(d.epilogue, rows);
+  if (stride[2] == p.OW * stride[3] && stride[0] == p.OH * stride[2]) {
+    rows.residual = residual + first_pixel * stride[3];
+    return finish_rows(d.epilogue, rows);
+  }
+  const int64_t count = rows.rows;
+  rows.rows = 1;
+  for (int64_t pixel = first_pixel; pixel < first_pixel + count; ++pixel) {
+    const int64_t x = pixel % p.OW, y = pixel / p.OW % p.OH, n = pixel / p.OW / p.OH;
+    rows.residual = residual + n * stride[0] + y * stride[2] + x * stride[3];
+    finish_rows(d.epilogue, rows);
+    rows.sums += rows.sums_pitch;
+    rows.output += rows.output_pitch;
+  }
+}
+
+// Finishes the sums of `count` windows in place, corner after corner.
+template <typename scalar_t>
+void finish_windows(const Direct<scalar_t>& d, FinishRows<opmath_t<scalar_t>> rows, int64_t first, int64_t count) {
+  using T = opmath_t<scalar_t>;
+  const Conv2dParams& p = d.p;
+  if (p.residual == nullptr) return finish_rows(d.epilogue, rows);
+  const int64_t (&stride)[4] = p.residual_stride;
+  T residual[kPanelWidth<T>];
+  rows.residual = residual;
+  rows.rows = 1;
+  for (int64_t corner = 0; corner < 4; ++corner)
+    for (int64_t window = first; window < first + count; ++window) {
+      const int64_t width = p.OW / 2, height = p.OH / 2;
+      const int64_t x = window % width * 2 + corner % 2, y = window / width % height * 2 + corner / 2;
+      const scalar_t* const from = static_cast<const scalar_t*>(p.residual) + window / width / height * stride[0] +
+                                   rows.first * stride[1] + y * stride[2] + x * stride[3];
+      for (int64_t c = 0; c < rows.channels; ++c) residual[c] = to_float(from[c * stride[1]]);
+      finish_rows(d.epilogue, rows);
+      rows.sums += rows.sums_pitch;
+      rows.output += rows.output_pitch;
+    }
+}
+
+// Whether the tiles themselves can finish the panel's outputs of the pixels from `first`, and with what.
+template <typename scalar_t>
+bool finishes_in_registers(const Direct<scalar_t>& d, TileFinish<opmath_t<scalar_t>>& finish, scalar_t* output,
+                           int64_t first, int64_t channel, int64_t channels) {
+  using T = opmath_t<scalar_t>;
+  if constexpr (sizeof(T) != sizeof(scalar_t)) return false;
+  const Conv2dParams& p = d.p;
+  if (p.pool || d.weights.depth() == 0 || !clamps(d.epilogue.activation, finish.low, finish.high)) return false;
+  if (p.residual != nullptr) {
+    const int64_t (&stride)[4] = p.residual_stride;
+    if (stride[1] != 1 || stride[2] != p.OW * stride[3] || stride[0] != p.OH * stride[2]) return false;
+    finish.residual = static_cast<const T*>(p.residual) + first * stride[3] + channel;
+    finish.residual_pitch = stride[3];
+  }
+  finish.scale = d.epilogue.scale() + channel;
+  finish.shift = d.epilogue.shift() + channel;
+  finish.output = reinterpret_cast<T*>(output);
+  finish.output_pitch = p.K;
+  finish.channels = channels;
+  return true;
+}
+
+// Panels [first_panel, last_panel) of all groups, for `count` units from `first`.
+template <typename scalar_t>
+void compute(const Direct<scalar_t>& d, int64_t first, int64_t count, int64_t first_panel, int64_t last_panel) {
+  using T = opmath_t<scalar_t>;
+  const Conv2dParams& p = d.p;
+  const DirectWeights<T>& w = d.weights;
+  const int64_t pixels = p.pool ? 4 * count : count;
+  Buffer<const T*> table(w.taps * pixels);
+  d.taps.fill(table.data(), pixels, d.input, d.zeros, first, count);
+  Buffer<T> sums(pixels * kPanelWidth<T>);
+  scalar_t* const output = static_cast<scalar_t*>(p.output);
+  for (int64_t i = first_panel; i < last_panel; ++i) {
+    const int64_t group = i / w.panels.count, panel = i % w.panels.count;
+    const int vectors = w.panels.vectors_of(panel);
+    const int64_t pitch = vectors * kLanes<T>;
+    const T* const packed = d.packed + w.offset_of(group, panel);
+    GemmBlock<T> block{};
+    block.rows = table.data();
+    block.row_pitch = block.count = pixels;
+    block.sums = sums.data();
+    block.pitch = pitch;
+    const int64_t channel = group * w.outputs + w.panels.first_output(panel);
+    const int64_t channels = w.panels.outputs_of(panel);
+    scalar_t* const to = output + first * p.K + channel;
+    TileFinish<T> finish{};
+    const bool finished = finishes_in_registers(d, finish, to, first, channel, channels);
+    if (d.skip_padding) {
+      multiply_panel_without_padding(w, block, vectors, packed, group * w.channels, d.zeros);
+    } else {
+      multiply_panel(w, block, vectors, packed, group * w.channels, finished ? &finish : nullptr);
+      if (finished) continue;
+    }
+    if (!p.pool) {
+      FinishRows<scalar_t> rows{sums.data(), pitch, to, p.K, nullptr, 0, 1, pixels, channel, channels};
+      finish_block(d, rows, first);
+    } else {
+      FinishRows<T> rows{sums.data(), pitch, sums.data(), pitch, nullptr, 0, 1, pixels, channel, channels};
+      finish_windows(d, rows, first, count);
+      store_pooled(to, p.K, sums.data(), pitch, count, channels);
+    }
+  }
+}
+
+// Cuts the work into blocks of units times runs of panels: blocks first, as long as each is worth its panels' way
+// through the caches, then panels.
+template <typename scalar_t>
+void run(const Direct<scalar_t>& d) {
+  const Conv2dParams& p = d.p;
+  const int64_t corners = p.pool ? 4 : 1;
+  const int64_t largest = 48 / corners;
+  const int64_t smallest = 24 / corners;
+  const int64_t panels = p.groups * d.weights.panels.count;
+  const int64_t wanted = 4 * thread_count();
+  int64_t blocks = ceil_div(d.units, largest);
+  const int64_t runs = min_of(panels, ceil_div(wanted, blocks));
+  if (blocks * runs < wanted) blocks = min_of(ceil_div(d.units, smallest), ceil_div(wanted, runs));
+  parallel_for(blocks * runs, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t block = i % blocks, run = i / blocks;
+      const int64_t first = d.units * block / blocks, last = d.units * (block + 1) / blocks;
+      if (first < last) compute(d, first, last - first, panels * run / runs, panels * (run + 1) / runs);
+    }
+  });
+}
+
+// [N, H, W, C] dense, of the computing type.
+template <typename scalar_t>
+void convert_input(const Conv2dParams& p, opmath_t<scalar_t>* target) {
+  using T = opmath_t<scalar_t>;
+  const scalar_t* const input = static_cast<const scalar_t*>(p.input);
+  parallel_for(p.N * p.H, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t x = 0; x < p.W; ++x) {
+        const scalar_t* const from =
+            input + i / p.H * p.input_stride[0] + i % p.H * p.input_stride[2] + x * p.input_stride[3];
+        T* const to = target + (i * p.W + x) * p.C;
+        int64_t c = 0;
+        for (; c + kLanes<T> <= p.C; c += kLanes<T>) store(to + c, load(from + c));
+        if (c < p.C) store_first(to + c, load_first(from + c, p.C - c), p.C - c);
+      }
+  });
 }
 
 template <typename scalar_t>
-opmath_t<scalar_t> value_at(const Conv2dParams& p, int64_t n, int64_t k, int64_t oh, int64_t ow) {
+void forward_typed(const Conv2dParams& p) {
   using T = opmath_t<scalar_t>;
-  const int64_t channels = p.C / p.groups, first = k / (p.K / p.groups) * channels;
-  T sum = 0;
-  for (int64_t r = 0; r < p.R; ++r) {
-    const int64_t h = source_index(p.padding_mode, oh * p.stride[0] - p.padding_top + r * p.dilation[0], p.H);
-    if (h < 0) continue;
-    for (int64_t s = 0; s < p.S; ++s) {
-      const int64_t w = source_index(p.padding_mode, ow * p.stride[1] - p.padding_left + s * p.dilation[1], p.W);
-      if (w < 0) continue;
-      const scalar_t* x = static_cast<const scalar_t*>(p.input) + n * p.input_stride[0] + first * p.input_stride[1] +
-                          h * p.input_stride[2] + w * p.input_stride[3];
-      const scalar_t* f = static_cast<const scalar_t*>(p.weight) + k * p.weight_stride[0] + r * p.weight_stride[2] +
-                          s * p.weight_stride[3];
-      for (int64_t c = 0; c < channels; ++c)
-        sum += T(to_float(x[c * p.input_stride[1]])) * T(to_float(f[c * p.weight_stride[1]]));
-    }
+  Conv2dParams dense = p;
+  Buffer<T> converted;
+  const T* input = static_cast<const T*>(p.input);
+  if constexpr (sizeof(T) != sizeof(scalar_t)) {
+    converted.reserve(p.N * p.H * p.W * p.C);
+    convert_input<scalar_t>(p, converted.data());
+    input = converted.data();
+    dense.input_stride[0] = p.H * p.W * p.C;
+    dense.input_stride[1] = 1;
+    dense.input_stride[2] = p.W * p.C;
+    dense.input_stride[3] = p.C;
   }
-  if (p.bias) sum += channel<T>(p.bias, p.bias_dtype, k);
-  if (p.scale) sum *= channel<T>(p.scale, p.scale_dtype, k);
-  if (p.shift) sum += channel<T>(p.shift, p.scale_dtype, k);
-  if (p.residual)
-    sum += T(to_float(static_cast<const scalar_t*>(p.residual)[n * p.residual_stride[0] + k * p.residual_stride[1] +
-                                                               oh * p.residual_stride[2] + ow * p.residual_stride[3]]));
-  return activate(p.activation, sum);
+  Buffer<char> scratch;
+  const void* packed = p.packed;
+  if (packed == nullptr) {
+    scratch.reserve(packed_bytes_typed<scalar_t>(p));
+    pack_typed<scalar_t>(p, scratch.data());
+    packed = scratch.data();
+  }
+  const TapTable taps(dense);
+  Buffer<T> zeros;
+  if (taps.padded()) {
+    zeros.reserve(p.C);
+    for (int64_t c = 0; c < p.C; ++c) zeros[c] = T(0);
+  }
+  const DirectWeights<T> weights(p);
+  const Epilogue<T> epilogue(p.K, p.bias, p.bias_dtype, p.scale, p.shift, p.scale_dtype, p.activation);
+  const bool finite = *static_cast<const int64_t*>(packed) != 0;
+  const int64_t units = p.pool ? p.N * (p.OH / 2) * (p.OW / 2) : p.N * p.OH * p.OW;
+  run(Direct<scalar_t>{dense, weights, epilogue, taps, input,
+                       reinterpret_cast<const T*>(static_cast<const char*>(packed) + kPackedHeader), zeros.data(),
+                       taps.padded() && !finite, units});
 }
 
 }  // namespace
 
 void forward_direct(const Conv2dParams& p) {
-  dispatch_floating(p.dtype, [&](auto scalar) {
-    using scalar_t = decltype(scalar);
-    using T = opmath_t<scalar_t>;
-    const int64_t PH = p.pool ? p.OH / 2 : p.OH, PW = p.pool ? p.OW / 2 : p.OW;
-    parallel_for(p.N * PH, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const int64_t n = row / PH, h = row % PH;
-        for (int64_t w = 0; w < PW; ++w) {
-          for (int64_t k = 0; k < p.K; ++k) {
-            T best = value_at<scalar_t>(p, n, k, p.pool ? 2 * h : h, p.pool ? 2 * w : w);
-            for (int i = 1; i < (p.pool ? 4 : 1); ++i) {
-              const T value = value_at<scalar_t>(p, n, k, 2 * h + i / 2, 2 * w + i % 2);
-              if (value > best || value != value) best = value;
-            }
-            static_cast<scalar_t*>(p.output)[n * p.output_stride[0] + k * p.output_stride[1] + h * p.output_stride[2] +
-                                             w * p.output_stride[3]] = from_float<scalar_t>(best);
-          }
-        }
-      }
-    });
-  });
+  const int64_t pixels = p.pool ? (p.OH / 2) * (p.OW / 2) : p.OH * p.OW;
+  if (p.N * p.K * pixels == 0) return;
+  dispatch_floating(p.dtype, [&](auto scalar) { forward_typed<decltype(scalar)>(p); });
 }
 
-int64_t packed_bytes_direct(const Conv2dParams&) {
-  return 0;
+int64_t packed_bytes_direct(const Conv2dParams& p) {
+  int64_t bytes = 0;
+  dispatch_floating(p.dtype, [&](auto scalar) { bytes = packed_bytes_typed<decltype(scalar)>(p); });
+  return bytes;
 }
 
-void pack_direct(const PackParams&) {}
+void pack_direct(const PackParams& p) {
+  dispatch_floating(p.dtype, [&](auto scalar) { pack_typed<decltype(scalar)>(p, p.target); });
+}
 
-}  // namespace pvk::conv2d::PVK_ISA
+}  // namespace PVK_ISA
+}  // namespace pvk::conv2d
