@@ -11,6 +11,7 @@
 #include "core/parallel.h"
 #include "core/simd.h"
 #include "ops/conv2d/conv2d.h"
+#include "ops/conv2d/cpu_direct_groups.h"
 #include "ops/conv2d/cpu_direct_pack.h"
 #include "ops/conv2d/cpu_direct_taps.h"
 #include "ops/conv2d/cpu_kernels.h"
@@ -211,7 +212,15 @@ void compute(const Direct<scalar_t>& d, Scratch<opmath_t<scalar_t>>& scratch, in
     scalar_t* const to = output + first * p.K + channel;
     TileFinish<T> finish{};
     const bool finished = finishes_in_registers(d, finish, to, first, channel, channels);
-    if (d.skip_padding) {
+    if (w.shuffled) {
+      block.taps = w.taps;
+      block.panel = packed;
+      block.first = group * w.channels;
+      block.finish = finished ? &finish : nullptr;
+      const T* const zeros = d.skip_padding ? d.zeros : nullptr;
+      w.depth_of_tap == 4 ? gemm_groups<4>(block, zeros) : gemm_groups<8>(block, zeros);
+      if (finished) continue;
+    } else if (d.skip_padding) {
       multiply_panel_without_padding(w, block, vectors, packed, group * w.channels, d.zeros);
     } else {
       multiply_panel(w, block, vectors, packed, group * w.channels, finished ? &finish : nullptr);
@@ -238,7 +247,7 @@ void run(const Direct<scalar_t>& d) {
   const int64_t largest =
       (depth > 4 * kDepth ? 96 : min_of<int64_t>(192, max_of<int64_t>(48, 48 * kDepth / 2 / depth)));
   const int64_t smallest = 24;
-  const int64_t panels = p.groups * d.weights.panels.count;
+  const int64_t panels = d.weights.groups * d.weights.panels.count;
   const int64_t wanted = 4 * thread_count();
   int64_t blocks = ceil_div(d.units * corners, largest);
   const int64_t runs = min_of(panels, ceil_div(wanted, blocks));
