@@ -1,10 +1,11 @@
 """Custom C++ and CUDA kernels for vision models, as drop-in PyTorch layers.
 
-`pvk.convert(model)` replaces a model's layers by ours. `pvk.ops`: functions. `pvk.nn`: layers. `python -m
-pyvision_kernels info | verify` says what is built and whether it computes the right thing here.
+`pvk.convert(model)` replaces a model's layers by ours. `pvk.ops`: functions. `pvk.nn`: layers.
+`pvk.models`: reference models. `python -m pyvision_kernels info | verify` says what is built and whether it computes
+the right thing here.
 """
 
-from pyvision_kernels import nn, ops
+from pyvision_kernels import models, nn, ops
 from pyvision_kernels._backend import backend, strict_numerics
 from pyvision_kernels._extension import build_info, cpu_capability
 from pyvision_kernels.convert import conversion_report, convert, revert
@@ -18,6 +19,7 @@ __all__ = [
     "conversion_report",
     "convert",
     "cpu_capability",
+    "models",
     "nn",
     "ops",
     "override_torchvision",

@@ -36,6 +36,8 @@ class Case:
         for_peer: Maps the inputs to what the peer can be given (it may crash on hostile ones), None: nothing.
         bench: "", "quick" (make bench) or "full" (make bench-full only).
         single: Arguments that stay float32 beside 16-bit inputs.
+        l2: Of an algorithm that is faster for being less exact, in float32: its output's error in the l2 norm, relative
+            to the output's, is at most this, instead of the rule in the largest error. None: the rule.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Case:
     for_peer: Callable[[Inputs], Inputs | None] = lambda inputs: inputs
     bench: str = ""
     single: tuple[str, ...] = ()
+    l2: float | None = None
 
     def inputs(self, dtype: torch.dtype, device: str | torch.device = "cpu", layout: str = "contiguous") -> Inputs:
         made = self.make(torch.Generator().manual_seed(0))

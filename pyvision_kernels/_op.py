@@ -50,6 +50,10 @@ class Op:
         self.contract = contract
         self.overload = overload
         self.function: type[torch.autograd.Function] | None = None
+        # Where tensors, or lists of them, stand among the arguments: nothing else is looked at in a call.
+        self.tensors = tuple(
+            index for index, argument in enumerate(overload._schema.arguments) if "Tensor" in str(argument.type)
+        )
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -60,29 +64,32 @@ class Op:
             return list(result) if self.contract.returns_list else result
         if forward_ad._current_level >= 0:
             _refuse_tangents(self.name, args)
-        if _needs_autograd(args):
+        if self._needs_autograd(args):
             return self.overload(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
 
-
-def _needs_autograd(args: tuple[Any, ...]) -> bool:
-    """Whether someone above the kernels wants to see this call: autograd, tracing, a tensor subclass."""
-    grad = torch.is_grad_enabled()
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            if _is_watched(arg, grad):
+    def _needs_autograd(self, args: tuple[Any, ...]) -> bool:
+        """Whether someone above the kernels wants to see this call: autograd, tracing, a tensor subclass."""
+        grad = torch.is_grad_enabled()
+        for index in self.tensors:
+            arg = args[index]
+            if arg is None:
+                continue
+            if type(arg) is list:
+                for item in arg:
+                    if _is_watched(item, grad):
+                        return True
+            elif _is_watched(arg, grad):
                 return True
-        elif type(arg) is list:
-            for item in arg:
-                if isinstance(item, torch.Tensor) and _is_watched(item, grad):
-                    return True
-    return torch._C._get_tracing_state() is not None
+        return torch._C._get_tracing_state() is not None
 
 
-def _is_watched(tensor: torch.Tensor, grad: bool) -> bool:
+def _is_watched(tensor: Any, grad: bool) -> bool:
     kind = type(tensor)
-    return (grad and tensor.requires_grad) or (kind is not torch.Tensor and kind is not torch.nn.Parameter)
+    if kind is torch.Tensor or kind is torch.nn.Parameter:
+        return grad and tensor.requires_grad
+    return isinstance(tensor, torch.Tensor)
 
 
 def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:

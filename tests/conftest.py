@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import pyvision_kernels as pvk
 from pyvision_kernels import _simt
 from pyvision_kernels._extension import cpu_capabilities, force_cpu_capability
 
@@ -56,6 +57,13 @@ def _is_one_backend_more(item: pytest.Item) -> bool:
     if kind == "simt":
         return dtype in (torch.bfloat16, torch.float16, torch.float64) and option != SEEDS[-1]
     return kind == "cpu" and dtype in (torch.float16, torch.float64) and option != cpu_capabilities()[-1]
+
+
+@pytest.fixture(autouse=True)
+def _our_kernels() -> Iterator[None]:
+    """Also where `auto` would take PyTorch's."""
+    with pvk.backend("pvk"):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -147,6 +147,15 @@ class Epilogue {
   const int64_t pitch_;
 };
 
+// Whether an activation is a clamp, which a tile applies in registers, and its limits.
+template <typename T>
+PVK_INLINE bool clamps(Activation activation, T& low, T& high) {
+  const T infinity = T(__builtin_inf());
+  low = activation == Activation::kNone ? -infinity : T(0);
+  high = activation == Activation::kRelu6 ? T(6) : infinity;
+  return activation == Activation::kNone || activation == Activation::kRelu || activation == Activation::kRelu6;
+}
+
 // Rows of sums to rows of output: rows x channels, beginning at channel `first` of the epilogue.
 template <typename scalar_t>
 struct FinishRows {

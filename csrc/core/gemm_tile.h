@@ -9,6 +9,7 @@
 
 #include "core/math.h"
 #include "core/simd.h"
+#include "core/simd_partial.h"
 
 namespace pvk::PVK_ISA {
 
@@ -28,6 +29,19 @@ inline constexpr int kMaxTileRows = 12;
 
 template <typename T>
 inline constexpr int kPanelWidth = kTileVectors * kLanes<T>;
+
+// What may follow the sums in registers: min(max(sum * scale + shift + residual, low), high), stored. NaN stays NaN.
+template <typename T>
+struct TileFinish {
+  const T* scale;  // [width], as shift
+  const T* shift;
+  T low, high;
+  T* output;  // [rows][output_pitch]
+  int64_t output_pitch;
+  const T* residual;  // [rows][residual_pitch], or null
+  int64_t residual_pitch;
+  int64_t channels;  // of the panel: all of its registers, the last one at least in part
+};
 
 template <typename T, int kRows, int kVectors>
 struct Tile {
@@ -52,6 +66,45 @@ struct Tile {
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) PVK_ISA::store(target + i * pitch + v * kLanes<T>, sum[i][v]);
+  }
+
+  PVK_INLINE void finish(const TileFinish<T>& f, int64_t row) {
+    const int64_t last = f.channels - (kVectors - 1) * kLanes<T>;
+    T* const output = f.output + row * f.output_pitch;
+    if (f.residual != nullptr) {
+      const T* const residual = f.residual + row * f.residual_pitch;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const Vec<T> scale = PVK_ISA::load(f.scale + v * kLanes<T>), shift = PVK_ISA::load(f.shift + v * kLanes<T>);
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+          const T* const from = residual + i * f.residual_pitch + v * kLanes<T>;
+          sum[i][v] = fma(sum[i][v], scale, shift) +
+                      (v == kVectors - 1 && last < kLanes<T> ? load_first(from, last) : PVK_ISA::load(from));
+        }
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const Vec<T> scale = PVK_ISA::load(f.scale + v * kLanes<T>), shift = PVK_ISA::load(f.shift + v * kLanes<T>);
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) sum[i][v] = fma(sum[i][v], scale, shift);
+      }
+    }
+    const Vec<T> low = splat(f.low), high = splat(f.high);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        Vec<T> value = sum[i][v] < low ? low : sum[i][v];
+        value = value > high ? high : value;
+        T* const to = output + i * f.output_pitch + v * kLanes<T>;
+        if (v == kVectors - 1 && last < kLanes<T>) {
+          store_first(to, value, last);
+        } else {
+          PVK_ISA::store(to, value);
+        }
+      }
   }
 
   // sum[i] += the sum over k in [0, depth) of rows[i][first + k] * panel[k].
@@ -116,8 +169,9 @@ struct GemmBlock {
   int64_t tap_pitch;
   T* sums;  // [count][pitch]
   int64_t pitch;
-  bool accumulate;    // add to what sums holds, after the products are summed
-  int64_t first = 0;  // added to every pointer: a group's first channel, or a chunk's
+  bool accumulate;                        // add to what sums holds, after the products are summed
+  const TileFinish<T>* finish = nullptr;  // applied to what sums would hold, instead of storing that
+  int64_t first = 0;                      // added to every pointer: a group's first channel, or a chunk's
 };
 
 // The last tile of a block is not left with a single row: rows are dealt out evenly.
@@ -135,6 +189,7 @@ void gemm_block_of(const GemmBlock<T>& b) {
       for (int64_t tap = 0; tap < b.taps; ++tap)
         sums.multiply(b.rows + tap * b.row_pitch + row, b.panel + tap * b.tap_pitch, b.depth, b.first);
       if (b.accumulate) sums.add(target, b.pitch);
+      if (b.finish != nullptr) return sums.finish(*b.finish, row);
       sums.store(target, b.pitch);
     });
     row += count;

@@ -8,6 +8,14 @@
 
 namespace pvk::PVK_ISA {
 
+// All ones in the lanes below `count`.
+template <typename T>
+PVK_INLINE Mask<T> first_lanes(int64_t count) {
+  Mask<T> lane;
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  return lane < Mask<T>{} + decltype(lane[0] + 0)(count);
+}
+
 // The first `count` elements, converted; zeros in the other lanes.
 template <typename scalar_t>
 PVK_INLINE Vec<opmath_t<scalar_t>> load_first(const scalar_t* source, int64_t count) {
@@ -15,6 +23,9 @@ PVK_INLINE Vec<opmath_t<scalar_t>> load_first(const scalar_t* source, int64_t co
 #if defined(__AVX512F__)
   if constexpr (sizeof(scalar_t) == 4) return (Vec<T>)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), source);
   if constexpr (sizeof(scalar_t) == 8) return (Vec<T>)_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), source);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(scalar_t) == 4) return (Vec<T>)_mm256_maskload_ps(source, (__m256i)first_lanes<T>(count));
+  if constexpr (sizeof(scalar_t) == 8) return (Vec<T>)_mm256_maskload_pd(source, (__m256i)first_lanes<T>(count));
 #endif
   scalar_t part[kLanes<T>] = {};
   for (int64_t i = 0; i < count; ++i) part[i] = source[i];
@@ -29,6 +40,11 @@ PVK_INLINE void store_first(scalar_t* target, Vec<opmath_t<scalar_t>> value, int
     return _mm512_mask_storeu_ps(target, __mmask16((1u << count) - 1), (__m512)value);
   if constexpr (sizeof(scalar_t) == 8)
     return _mm512_mask_storeu_pd(target, __mmask8((1u << count) - 1), (__m512d)value);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(scalar_t) == 4)
+    return _mm256_maskstore_ps(target, (__m256i)first_lanes<T>(count), (__m256)value);
+  if constexpr (sizeof(scalar_t) == 8)
+    return _mm256_maskstore_pd(target, (__m256i)first_lanes<T>(count), (__m256d)value);
 #endif
   scalar_t part[kLanes<T>];
   store(part, value);

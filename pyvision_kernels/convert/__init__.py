@@ -12,7 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from pyvision_kernels.convert.fuse import fuse as fuse_model
+from pyvision_kernels.convert.fuse import is_fused, own_class, plan_in_eval_mode, unfuse
 from pyvision_kernels.convert.table import TABLE, qualified_name, replacement_of, stock_of
+from pyvision_kernels.convert.trace import EXCLUDED
 
 __all__ = ["LayerReport", "conversion_report", "convert", "revert"]
 
@@ -20,14 +23,20 @@ Choice = str | type[nn.Module]  # a pattern of names, or the class of a layer
 
 # On the converted model: names of layers that `convert` was told to leave, and why.
 _LEFT = "_pvk_left"
+# What a layer of ours keeps between calls.
+_KEPT = ("_packs",)
 
 
 def convert(
-    model: nn.Module, *, include: Iterable[Choice] | None = None, exclude: Iterable[Choice] | None = None
+    model: nn.Module,
+    *,
+    include: Iterable[Choice] | None = None,
+    exclude: Iterable[Choice] | None = None,
+    fuse: bool = False,
 ) -> nn.Module:
     """Replaces the layers of a model that have a counterpart with our kernels, in place.
 
-    Replaced are torchvision's `RoIAlign`, `RoIPool`, `PSRoIAlign`, `PSRoIPool` and `MultiScaleRoIAlign`, and the calls
+    Replaced are `torch.nn.Conv2d`, `Conv1d` and `Linear`, torchvision's `RoIAlign`, `RoIPool`, `PSRoIAlign`, `PSRoIPool` and `MultiScaleRoIAlign`, and the calls
     of NMS, IoU and losses within its Faster, Mask and Keypoint R-CNN, RetinaNet, FCOS and SSD. A layer is replaced by
     a change of its class: parameters, buffers, state_dict keys, hooks, mode and device are the same objects as before,
     and neither torchvision nor another model is touched. Only instances of a stock class itself are replaced, not of a
@@ -39,6 +48,8 @@ def convert(
         include (iterable of str or class): Only these layers: patterns of their names in ``model.named_modules()``
             ("roi_heads.*", where * matches dots too), or stock classes. Default: all.
         exclude (iterable of str or class): Not these, even where included. Default: none.
+        fuse (bool): In eval mode and without gradients, compute batch norm, activation, residual addition and 2 x 2 max
+            pooling in the pass of the convolution (or linear layer) before them. Default: False.
 
     Returns:
         nn.Module: ``model`` itself.
@@ -54,9 +65,13 @@ def convert(
     chosen = _Chooser("include", model, include)
     refused = _Chooser("exclude", model, exclude)
     left: dict[str, str] = {}
+    for module in model.modules():
+        unfuse(module)
     for name, module in model.named_modules():
+        module.__dict__.pop(EXCLUDED, None)
         if refused.matches(name, module):
             reason = "excluded"
+            module.__dict__[EXCLUDED] = True
         elif include is not None and not chosen.matches(name, module):
             reason = "not included"
         else:
@@ -66,6 +81,8 @@ def convert(
         if qualified_name(type(module)) in TABLE:
             left[name] = reason
     model.__dict__[_LEFT] = left
+    if fuse:
+        fuse_model(model)
     return model
 
 
@@ -83,7 +100,9 @@ def revert(model: nn.Module) -> nn.Module:
     """
     _require_module("revert", model)
     for module in model.modules():
+        unfuse(module)
         _change_class(module, stock_of)
+        module.__dict__.pop(EXCLUDED, None)
     model.__dict__.pop(_LEFT, None)
     return model
 
@@ -96,7 +115,8 @@ class LayerReport:
         name: In ``model.named_modules()``; empty for the model itself, or where ``count`` layers share the entry.
         layer: The stock class.
         replaced: Whether the layer runs our kernels.
-        reason: By what it was replaced, or why it was left.
+        reason: By what it was replaced, and what is fused into it ("... <- bn1, relu"); or why it was left.
+        fused: What is fused into the layer, in its order.
     """
 
     name: str
@@ -104,6 +124,7 @@ class LayerReport:
     replaced: bool
     reason: str
     count: int = 1
+    fused: tuple[str, ...] = ()
 
 
 def conversion_report(model: nn.Module) -> list[LayerReport]:
@@ -136,21 +157,39 @@ def conversion_report(model: nn.Module) -> list[LayerReport]:
 def _entries(model: nn.Module) -> Iterator[LayerReport]:
     left: dict[str, str] = model.__dict__.get(_LEFT, {})
     others: Counter[str] = Counter()
+    fused, absorbed = _fused_parts(model)
     for name, module in model.named_modules():
-        cls = type(module)
+        cls = own_class(type(module))
         stock = stock_of(cls)
-        if stock is not None:
-            yield LayerReport(name, stock.__name__, True, qualified_name(cls))
+        if is_fused(type(module)):
+            count = sum(layer.startswith(f"{name}." if name else "") for layer in fused)
+            yield LayerReport(name, (stock or cls).__name__, True, f"in eval mode a fused forward: {count} layers")
+        elif stock is not None:
+            parts = tuple(fused.get(name, ()))
+            arrow = f" <- {', '.join(parts)}" if parts else ""
+            yield LayerReport(name, stock.__name__, True, qualified_name(cls) + arrow, fused=parts)
         elif qualified_name(cls) in TABLE:
             yield LayerReport(name, cls.__name__, False, left.get(name, "convert was not called, or not on this layer"))
         elif ancestors := [base.__name__ for base in cls.__mro__[1:] if qualified_name(base) in TABLE]:
             yield LayerReport(
                 name, cls.__name__, False, f"a subclass of {ancestors[0]}, which may override what would be replaced"
             )
-        elif not any(True for _ in module.children()):
+        elif not module._modules and name not in absorbed:
             others[cls.__name__] += 1
     for layer, count in others.most_common():
         yield LayerReport("", layer, False, "no counterpart in pyvision_kernels", count)
+
+
+def _fused_parts(model: nn.Module) -> tuple[dict[str, list[str]], set[str]]:
+    """What is fused into which layer, and the modules that are not called, by their names in the model."""
+    fused: dict[str, list[str]] = {}
+    absorbed: set[str] = set()
+    for name, module in model.named_modules():
+        if is_fused(type(module)):
+            plan, prefix = plan_in_eval_mode(module), f"{name}." if name else ""
+            fused |= {prefix + layer: parts for layer, parts in plan.chains.items()}
+            absorbed |= {prefix + part for part in plan.absorbed}
+    return fused, absorbed
 
 
 class _Chooser:
@@ -183,6 +222,8 @@ def _change_class(module: nn.Module, counterpart: Callable[[type], type[nn.Modul
     cls = counterpart(type(module))
     if cls is not None:
         module.__class__ = cls
+        for name in _KEPT:
+            module.__dict__.pop(name, None)
 
 
 def _require_module(function: str, model: nn.Module) -> None:

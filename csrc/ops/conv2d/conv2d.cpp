@@ -49,7 +49,8 @@ int64_t output_size(const char* axis, int64_t size, int64_t before, int64_t afte
   return (padded - reach) / stride + 1;
 }
 
-DType check_channels(const char* argument, const OptionalTensor& values, const Tensor& input, int64_t channels) {
+// Of one value a channel; makes them contiguous.
+DType check_channels(const char* argument, OptionalTensor& values, const Tensor& input, int64_t channels) {
   if (!values) return DType::kFloat32;
   PVK_CHECK(values->dim() == 1 && values->size(0) == channels, kOp, ": expected ", argument, " to have size [",
             channels, "], but got ", shape_of(*values));
@@ -57,8 +58,8 @@ DType check_channels(const char* argument, const OptionalTensor& values, const T
                 (values->scalar_type() == ScalarType::Float && input.scalar_type() != ScalarType::Double),
             kOp, ": expected ", argument, " to be ", input.scalar_type(),
             " as input is, or float32 beside a 16-bit input, but got ", values->scalar_type());
-  PVK_CHECK(values->is_contiguous(), kOp, ": expected ", argument, " to be contiguous");
   check_same_device(kOp, argument, *values, "input", input);
+  if (!values->is_contiguous()) values = torch::stable::contiguous(*values);
   return dtype_of(kOp, argument, *values);
 }
 
@@ -88,11 +89,11 @@ void fill_weight(Conv2dParams& p, const char* op, const Tensor& weight, const Ge
             ": expected groups 1 for the algorithm of few channels");
 }
 
-Tensor forward_op(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
-                  const OptionalTensor& shift, const OptionalTensor& residual, const OptionalTensor& packed,
-                  int64_t stride_h, int64_t stride_w, int64_t left, int64_t right, int64_t top, int64_t bottom,
-                  int64_t dilation_h, int64_t dilation_w, int64_t groups, int64_t padding_mode, int64_t activation,
-                  bool pool, bool channels_last, int64_t algorithm) {
+Tensor forward_op(const Tensor& input, const Tensor& weight, OptionalTensor bias, OptionalTensor scale,
+                  OptionalTensor shift, const OptionalTensor& residual, const OptionalTensor& packed, int64_t stride_h,
+                  int64_t stride_w, int64_t left, int64_t right, int64_t top, int64_t bottom, int64_t dilation_h,
+                  int64_t dilation_w, int64_t groups, int64_t padding_mode, int64_t activation, bool pool,
+                  bool channels_last, int64_t algorithm) {
   const Geometry g{stride_h, stride_w, left, right, top, bottom, dilation_h, dilation_w, groups, padding_mode};
   PVK_CHECK(input.dim() == 4, kOp, ": expected input to have 4 dimensions [N, C, H, W], but got ", shape_of(input));
   check_weight(kOp, weight, g);
@@ -141,8 +142,8 @@ Tensor forward_op(const Tensor& input, const Tensor& weight, const OptionalTenso
               ": expected packed to be ", bytes, " bytes of this weight and algorithm, but got ", shape_of(*packed));
     if (bytes > 0) p.packed = data_of(*packed);
   }
-  const Tensor output = empty({p.N, channels, pool ? p.OH / 2 : p.OH, pool ? p.OW / 2 : p.OW}, input.scalar_type(),
-                              input, channels_last);
+  const Tensor output =
+      empty({p.N, channels, pool ? p.OH / 2 : p.OH, pool ? p.OW / 2 : p.OW}, input.scalar_type(), input, channels_last);
   if (output.numel() == 0) return output;
   p.input = data_of(input);
   p.bias = bias ? data_of(*bias) : nullptr;

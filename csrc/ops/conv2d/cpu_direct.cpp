@@ -38,9 +38,10 @@ struct Direct {
   int64_t units;      // output pixels, or windows of four
 };
 
-// sums[i][:] of one panel of one group; `first` is the group's first channel.
+// sums[i][:] of one panel of one group, or what `finish` makes of them; `first` is the group's first channel.
 template <typename T>
-void multiply_panel(const DirectWeights<T>& w, GemmBlock<T> block, int vectors, const T* panel, int64_t first) {
+void multiply_panel(const DirectWeights<T>& w, GemmBlock<T> block, int vectors, const T* panel, int64_t first,
+                    const TileFinish<T>* finish) {
   const int width = vectors * kLanes<T>;
   const int64_t pieces = max_of<int64_t>(1, ceil_div(w.channels, kDepth));  // of the channels
   const int64_t taps_at_once = pieces > 1 ? 1 : max_of<int64_t>(1, kDepth / max_of<int64_t>(1, w.channels));
@@ -55,6 +56,8 @@ void multiply_panel(const DirectWeights<T>& w, GemmBlock<T> block, int vectors, 
       block.depth = end - begin;
       block.first = first + begin;
       block.panel = panel + tap * block.tap_pitch + begin * width;
+      const bool last = tap + block.taps == w.taps && piece + 1 == pieces;
+      block.finish = last ? finish : nullptr;
       gemm_block(block, vectors);
       block.accumulate = true;
     }
@@ -151,6 +154,28 @@ void finish_windows(const Direct<scalar_t>& d, FinishRows<opmath_t<scalar_t>> ro
     }
 }
 
+// Whether the tiles themselves can finish the panel's outputs of the pixels from `first`, and with what.
+template <typename scalar_t>
+bool finishes_in_registers(const Direct<scalar_t>& d, TileFinish<opmath_t<scalar_t>>& finish, scalar_t* output,
+                           int64_t first, int64_t channel, int64_t channels) {
+  using T = opmath_t<scalar_t>;
+  if constexpr (sizeof(T) != sizeof(scalar_t)) return false;
+  const Conv2dParams& p = d.p;
+  if (p.pool || d.weights.depth() == 0 || !clamps(d.epilogue.activation, finish.low, finish.high)) return false;
+  if (p.residual != nullptr) {
+    const int64_t (&stride)[4] = p.residual_stride;
+    if (stride[1] != 1 || stride[2] != p.OW * stride[3] || stride[0] != p.OH * stride[2]) return false;
+    finish.residual = static_cast<const T*>(p.residual) + first * stride[3] + channel;
+    finish.residual_pitch = stride[3];
+  }
+  finish.scale = d.epilogue.scale() + channel;
+  finish.shift = d.epilogue.shift() + channel;
+  finish.output = reinterpret_cast<T*>(output);
+  finish.output_pitch = p.K;
+  finish.channels = channels;
+  return true;
+}
+
 // Panels [first_panel, last_panel) of all groups, for `count` units from `first`.
 template <typename scalar_t>
 void compute(const Direct<scalar_t>& d, int64_t first, int64_t count, int64_t first_panel, int64_t last_panel) {
@@ -172,14 +197,17 @@ void compute(const Direct<scalar_t>& d, int64_t first, int64_t count, int64_t fi
     block.row_pitch = block.count = pixels;
     block.sums = sums.data();
     block.pitch = pitch;
-    if (d.skip_padding) {
-      multiply_panel_without_padding(w, block, vectors, packed, group * w.channels, d.zeros);
-    } else {
-      multiply_panel(w, block, vectors, packed, group * w.channels);
-    }
     const int64_t channel = group * w.outputs + w.panels.first_output(panel);
     const int64_t channels = w.panels.outputs_of(panel);
     scalar_t* const to = output + first * p.K + channel;
+    TileFinish<T> finish{};
+    const bool finished = finishes_in_registers(d, finish, to, first, channel, channels);
+    if (d.skip_padding) {
+      multiply_panel_without_padding(w, block, vectors, packed, group * w.channels, d.zeros);
+    } else {
+      multiply_panel(w, block, vectors, packed, group * w.channels, finished ? &finish : nullptr);
+      if (finished) continue;
+    }
     if (!p.pool) {
       FinishRows<scalar_t> rows{sums.data(), pitch, to, p.K, nullptr, 0, 1, pixels, channel, channels};
       finish_block(d, rows, first);
@@ -197,7 +225,7 @@ template <typename scalar_t>
 void run(const Direct<scalar_t>& d) {
   const Conv2dParams& p = d.p;
   const int64_t corners = p.pool ? 4 : 1;
-  const int64_t largest = max_of<int64_t>(48, min_of<int64_t>(192, kBlockElements / max_of<int64_t>(1, p.C))) / corners;
+  const int64_t largest = 48 / corners;
   const int64_t smallest = 24 / corners;
   const int64_t panels = p.groups * d.weights.panels.count;
   const int64_t wanted = 4 * thread_count();

@@ -48,8 +48,8 @@ PVK_DEVICE opmath_t<scalar_t> value_at(const Conv2dParams& p, int64_t n, int64_t
   if (p.scale != nullptr) sum *= channel_value<T>(p.scale, p.scale_dtype, k);
   if (p.shift != nullptr) sum += channel_value<T>(p.shift, p.scale_dtype, k);
   if (p.residual != nullptr) {
-    const int64_t at = n * p.residual_stride[0] + k * p.residual_stride[1] + oh * p.residual_stride[2] +
-                       ow * p.residual_stride[3];
+    const int64_t at =
+        n * p.residual_stride[0] + k * p.residual_stride[1] + oh * p.residual_stride[2] + ow * p.residual_stride[3];
     sum += to_opmath(static_cast<const scalar_t*>(p.residual)[at]);
   }
   return activate(p.activation, sum);
@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(kBlockThreads) conv2d_kernel(const Conv2dParam
   using T = opmath_t<scalar_t>;
   const int64_t PH = p.pool ? p.OH / 2 : p.OH, PW = p.pool ? p.OW / 2 : p.OW;
   const int64_t count = p.N * p.K * PH * PW;
-  for (int64_t i = int64_t(blockIdx.x) * kBlockThreads + threadIdx.x; i < count; i += int64_t(gridDim.x) * kBlockThreads) {
+  for (int64_t i = int64_t(blockIdx.x) * kBlockThreads + threadIdx.x; i < count;
+       i += int64_t(gridDim.x) * kBlockThreads) {
     const int64_t pixel = channels_last ? i / p.K : i % (PH * PW);
     const int64_t k = channels_last ? i % p.K : i / (PH * PW) % p.K;
     const int64_t n = i / (p.K * PH * PW), h = pixel / PW % PH, w = pixel % PW;
@@ -70,7 +71,8 @@ __global__ void __launch_bounds__(kBlockThreads) conv2d_kernel(const Conv2dParam
       const T value = value_at<scalar_t>(p, n, k, 2 * h + j / 2, 2 * w + j % 2);
       if (value > best || value != value) best = value;  // as max_pool2d: NaN wins
     }
-    const int64_t at = n * p.output_stride[0] + k * p.output_stride[1] + h * p.output_stride[2] + w * p.output_stride[3];
+    const int64_t at =
+        n * p.output_stride[0] + k * p.output_stride[1] + h * p.output_stride[2] + w * p.output_stride[3];
     static_cast<scalar_t*>(p.output)[at] = from_opmath<scalar_t>(best);
   }
 }

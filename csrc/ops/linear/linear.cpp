@@ -17,7 +17,7 @@ void fill_weight(LinearParams& p, const char* op, const Tensor& weight) {
   for (int i = 0; i < 2; ++i) p.weight_stride[i] = weight.stride(i);
 }
 
-Tensor forward_op(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+Tensor forward_op(const Tensor& input, const Tensor& weight, OptionalTensor bias, const OptionalTensor& residual,
                   const OptionalTensor& packed, int64_t activation) {
   constexpr const char* kOp = "linear";
   const DeviceScope scope(input);
@@ -34,14 +34,15 @@ Tensor forward_op(const Tensor& input, const Tensor& weight, const OptionalTenso
   p.activation = Activation(activation);
   p.bias_dtype = p.dtype;
   if (bias) {
-    PVK_CHECK(bias->dim() == 1 && bias->size(0) == p.K && bias->is_contiguous(), kOp, ": expected bias to have size [",
-              p.K, "] and to be contiguous, but got ", shape_of(*bias));
+    PVK_CHECK(bias->dim() == 1 && bias->size(0) == p.K, kOp, ": expected bias to have size [", p.K, "], but got ",
+              shape_of(*bias));
     PVK_CHECK(bias->scalar_type() == input.scalar_type() ||
                   (bias->scalar_type() == ScalarType::Float && input.scalar_type() != ScalarType::Double),
               kOp, ": expected bias to be ", input.scalar_type(),
               " as input is, or float32 beside a 16-bit input, but got ", bias->scalar_type());
     check_same_device(kOp, "bias", *bias, "input", input);
     p.bias_dtype = dtype_of(kOp, "bias", *bias);
+    if (!bias->is_contiguous()) bias = torch::stable::contiguous(*bias);
   }
   if (residual) {
     PVK_CHECK(residual->dim() == 2 && residual->size(0) == p.M && residual->size(1) == p.K, kOp,

@@ -15,28 +15,23 @@ from pyvision_kernels.ops.conv2d.variants import conv1d, conv_transpose2d
 
 
 def _public(
-    op: str, pool: bool, input: Any, weight: Any, bias: Any, options: tuple[Any, ...], rest: dict[str, Any]
+    op: str, input: Any, weight: Any, bias: Any, options: tuple[Any, ...], given: dict[str, Any], activation: str | None
 ) -> Tensor:
-    require_tensors(op, input=input, weight=weight)
-    require_tensors(
-        op,
-        **{
-            name: value
-            for name, value in {"bias": bias, **rest}.items()
-            if value is not None and name not in ("activation", "padding_mode")
-        },
-    )
-    _activation.number_of(op, rest["activation"])
+    """Checks what only the public functions are given; takes maps without a batch dimension."""
+    optional = {name: value for name, value in {"bias": bias, **given}.items() if value is not None}
+    require_tensors(op, input=input, weight=weight, **optional)
+    _activation.number_of(op, activation)
     require(weight.dim() == 4, op, "weight to have 4 dimensions [K, C / groups, R, S]", weight.shape)
     require(input.dim() in (3, 4), op, "input to have 4 dimensions [N, C, H, W], or 3 without N", input.shape)
-    padding_mode = rest.pop("padding_mode")
-    geometry = Geometry.of(*options, padding_mode, weight.shape[2:], op)
+    geometry = Geometry.of(*options, weight.shape[2:], op)
+    pool = op == "conv2d_max_pool2d"
     if input.dim() == 4:
-        return run(input, weight, bias, geometry, pool=pool, **rest)
-    if rest["residual"] is not None:
-        require(rest["residual"].dim() == 3, op, "residual to have 3 dimensions as input has", rest["residual"].shape)
-        rest["residual"] = rest["residual"].unsqueeze(0)
-    return run(input.unsqueeze(0), weight, bias, geometry, pool=pool, **rest).squeeze(0)
+        return run(input, weight, bias, geometry, pool=pool, activation=activation, **given)
+    residual = given["residual"]
+    if residual is not None:
+        require(residual.dim() == 3, op, "residual to have 3 dimensions as input has", residual.shape)
+        given["residual"] = residual.unsqueeze(0)
+    return run(input.unsqueeze(0), weight, bias, geometry, pool=pool, activation=activation, **given).squeeze(0)
 
 
 def conv2d(
@@ -85,14 +80,8 @@ def conv2d(
     from the shape (`pvk.explain`); 3 x 3 in float32 is by Winograd, see `pvk.strict_numerics`.
     Reference: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2016.
     """
-    rest = {
-        "scale": scale,
-        "shift": shift,
-        "residual": residual,
-        "activation": activation,
-        "padding_mode": padding_mode,
-    }
-    return _public("conv2d", False, input, weight, bias, (stride, padding, dilation, groups), rest)
+    given = {"scale": scale, "shift": shift, "residual": residual}
+    return _public("conv2d", input, weight, bias, (stride, padding, dilation, groups, padding_mode), given, activation)
 
 
 def conv2d_max_pool2d(
@@ -126,14 +115,10 @@ def conv2d_max_pool2d(
     Note: deterministic; as of `conv2d`.
     Reference: torch.nn.functional.max_pool2d.
     """
-    rest = {
-        "scale": scale,
-        "shift": shift,
-        "residual": residual,
-        "activation": activation,
-        "padding_mode": padding_mode,
-    }
-    return _public("conv2d_max_pool2d", True, input, weight, bias, (stride, padding, dilation, groups), rest)
+    given = {"scale": scale, "shift": shift, "residual": residual}
+    return _public(
+        "conv2d_max_pool2d", input, weight, bias, (stride, padding, dilation, groups, padding_mode), given, activation
+    )
 
 
 __all__ = ["conv1d", "conv2d", "conv2d_max_pool2d", "conv_transpose2d", "run"]

@@ -73,15 +73,15 @@ class Geometry:
             TypeError, ValueError: an argument is not what the op takes.
         """
         # Lists are not hashable; what is given is nearly always a tuple or an int.
-        return _cached(*map(_hashable, (stride, padding, dilation)), groups, padding_mode, tuple(kernel_size), op)
+        find = _checked if torch.compiler.is_compiling() else _cached
+        return find(*map(_hashable, (stride, padding, dilation)), groups, padding_mode, tuple(kernel_size), op)
 
 
 def _hashable(value: Any) -> Any:
     return tuple(value) if type(value) in (list, torch.Size) else value
 
 
-@functools.lru_cache(maxsize=4096)
-def _cached(
+def _checked(
     stride: Any, padding: Any, dilation: Any, groups: Any, padding_mode: Any, kernel_size: tuple[int, ...], op: str
 ) -> Geometry:
     stride_, dilation_ = as_pair(op, "stride", stride, 1), as_pair(op, "dilation", dilation, 1)
@@ -94,6 +94,9 @@ def _cached(
         raise ValueError(f"{op}: expected padding_mode to be one of {known}, but got {padding_mode!r}")
     sides = _sides(op, padding, stride_, dilation_, kernel_size)
     return Geometry((*stride_, *sides, *dilation_, int(groups), PADDING_MODES[padding_mode]))
+
+
+_cached = functools.lru_cache(maxsize=4096)(_checked)
 
 
 def _whole(value: Any) -> tuple[int, ...] | None:

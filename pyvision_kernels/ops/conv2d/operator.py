@@ -151,8 +151,13 @@ conv2d_pack_op = declare(
 )
 
 
-def plan(input: Tensor, weight: Tensor, geometry: Geometry) -> int:
+_MOST_DECIDED = 4096  # sizes of inputs of a Geometry
+
+
+def decide(input: Tensor, weight: Tensor, geometry: Geometry) -> int:
     """The number of the algorithm for these inputs, or TORCH."""
+    require(weight.dim() == 4, "conv2d", "weight to have 4 dimensions [K, C / groups, R, S]", weight.shape)
+    require(input.dim() == 4, "conv2d", "input to have 4 dimensions [N, C, H, W]", input.shape)
     mode, strict = CHOICE.key
     rows, columns = geometry.output_size(input.shape[2:], weight.shape[2:])
     problem = algorithm.Problem(
@@ -168,10 +173,12 @@ def plan(input: Tensor, weight: Tensor, geometry: Geometry) -> int:
     return algorithm.ours(problem, strict)
 
 
-def _flows_channels_last(input: Tensor, weight: Tensor) -> bool:
+def flows_channels_last(input: Tensor, weight: Tensor) -> bool:
     """As PyTorch decides: where the input is, or the weight."""
     last = torch.channels_last
-    return (input.is_contiguous(memory_format=last) and not input.is_contiguous()) or (
+    if input.is_contiguous():
+        return weight.is_contiguous(memory_format=last) and not weight.is_contiguous()
+    return input.is_contiguous(memory_format=last) or (
         weight.is_contiguous(memory_format=last) and not weight.is_contiguous()
     )
 
@@ -190,34 +197,33 @@ def run(
     packs: Packs | None = None,
     channels_last: bool | None = None,
 ) -> Tensor:
-    """conv2d for layers: of checked arguments, with packed weights, by the kernel that the rule picks.
+    """conv2d for layers: of checked options, with packed weights, by the kernel that the rule picks.
 
     Args:
         packs: Keeps the packed weight between calls; None: it is packed at every call.
         channels_last: Layout of the result; None: that of the input.
         Others: as of conv2d; input is [N, C, H, W].
     """
-    if input.dim() != 4 or weight.dim() != 4:
-        _check(input, weight, geometry.numbers, {}, None)
-    key = (input.shape, weight.shape, input.dtype, input.is_cuda, CHOICE.key)
-    kernel = None if torch.compiler.is_compiling() else geometry.plans.get(key)
-    if kernel is None:
-        _check(input, weight, geometry.numbers, {"bias": bias, "scale": scale, "shift": shift}, residual)
-        kernel = plan(input, weight, geometry)
-        if not torch.compiler.is_compiling():
-            if len(geometry.plans) > 1024:
+    if torch.compiler.is_compiling():
+        kernel = decide(input, weight, geometry)
+    else:
+        key = (input.shape, weight.shape, input.dtype, input.device.type, CHOICE.key)
+        try:
+            kernel = geometry.plans[key]
+        except KeyError:
+            if len(geometry.plans) > _MOST_DECIDED:
                 geometry.plans.clear()
-            geometry.plans[key] = kernel
-    number = _activation.NUMBERS[activation]
+            kernel = geometry.plans[key] = decide(input, weight, geometry)
     if channels_last is None:
-        channels_last = _flows_channels_last(input, weight)
+        channels_last = flows_channels_last(input, weight)
     if kernel == TORCH:
         return _by_torch(input, weight, bias, geometry, scale, shift, residual, activation, pool, channels_last)
     packed = None
     if packs is not None:
         packed = packs.get(weight, (kernel, input.dtype), lambda: pack(weight, geometry, kernel))
+    number = _activation.NUMBERS[activation]
     return conv2d_op(
-        *(input, weight, bias, scale, shift, residual, packed), *geometry.numbers, number, pool, channels_last, kernel
+        input, weight, bias, scale, shift, residual, packed, *geometry.numbers, number, pool, channels_last, kernel
     )
 
 

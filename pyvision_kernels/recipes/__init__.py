@@ -1,0 +1,1 @@
+"""Runnable recipes: `python -m pyvision_kernels.recipes.<name>`."""
