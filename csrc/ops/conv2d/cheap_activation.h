@@ -11,15 +11,14 @@ using namespace pvk::PVK_ISA;
 // Activations that are a few operations on a register: clamping, and hardswish. The others go through finish_rows().
 template <typename T>
 struct CheapActivation {
-  bool is_cheap, is_hardswish;
-  T low, high;
+  bool is_cheap, is_hardswish, has_low, has_high;
 
   explicit CheapActivation(Activation activation)
       : is_cheap(activation == Activation::kNone || activation == Activation::kRelu ||
                  activation == Activation::kRelu6 || activation == Activation::kHardswish),
         is_hardswish(activation == Activation::kHardswish),
-        low(activation == Activation::kNone ? T(-__builtin_inf()) : T(0)),
-        high(activation == Activation::kRelu6 ? T(6) : T(__builtin_inf())) {}
+        has_low(activation == Activation::kRelu || activation == Activation::kRelu6),
+        has_high(activation == Activation::kRelu6) {}
 
   template <int kCount>
   PVK_INLINE void apply(Vec<T> (&x)[kCount]) const {
@@ -27,11 +26,13 @@ struct CheapActivation {
 #pragma GCC unroll 8
       for (int i = 0; i < kCount; ++i) x[i] = activate<Activation::kHardswish, T>(x[i]);
     } else {
-      const Vec<T> lowest = splat(low), highest = splat(high);
+      if (has_low) {
 #pragma GCC unroll 8
-      for (int i = 0; i < kCount; ++i) {  // NaN stays
-        x[i] = x[i] < lowest ? lowest : x[i];
-        x[i] = x[i] > highest ? highest : x[i];
+        for (int i = 0; i < kCount; ++i) x[i] = x[i] < T(0) ? Vec<T>{} : x[i];  // NaN stays
+      }
+      if (has_high) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kCount; ++i) x[i] = x[i] > T(6) ? splat(T(6)) : x[i];
       }
     }
   }
