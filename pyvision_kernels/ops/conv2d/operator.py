@@ -183,7 +183,6 @@ def run(
     weight: Tensor,
     bias: Tensor | None,
     geometry: Geometry,
-    *,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
