@@ -30,7 +30,7 @@ constexpr int kPixels[] = {0, 6, 6};
 constexpr int kVectors = 2;
 constexpr int kPixels[] = {0, 4, 4};
 #endif
-constexpr int64_t kChunk = 48;  // pixels that are finished at a time: a multiple of all of those, and of pooling's 4
+constexpr int64_t kChunk = 96;  // pixels that are finished at a time: a multiple of all of those, and of pooling's 4
 constexpr int64_t kSpare = 8;   // that a tile may take beyond
 constexpr int64_t kBandBytes = 192 << 10;
 constexpr int64_t kBandRows = 8;
