@@ -73,7 +73,9 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         home = type(m).__module__
         stock = home.startswith(("torch.nn.", "torch.ao.nn.", "pyvision_kernels.nn."))
-        return EXCLUDED in m.__dict__ or has_hooks(m) or is_frozen_norm(m) or (stock and not isinstance(m, nn.Sequential))
+        return (
+            EXCLUDED in m.__dict__ or has_hooks(m) or is_frozen_norm(m) or (stock and not isinstance(m, nn.Sequential))
+        )
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         if threading.get_ident() != self._thread:

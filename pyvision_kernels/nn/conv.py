@@ -66,7 +66,7 @@ class Conv2d(Layer, nn.Conv2d):
         maps = input if input.dim() == 4 else input.unsqueeze(0)
         try:
             output = run(maps, weight, self.bias, geometry_of(self), activation=self.activation, packs=packs)
-        except RuntimeError:
+        except (RuntimeError, IndexError):
             super().forward(input)  # where PyTorch refuses the input too, by its words
             raise
         return output if maps is input else output.squeeze(0)
@@ -97,6 +97,6 @@ class Conv1d(Layer, nn.Conv1d):
         weight = self.weight if weight is None else weight
         try:
             return run_row(input, weight, self.bias, geometry_of(self), activation=self.activation, packs=packs)
-        except RuntimeError:
+        except (RuntimeError, IndexError):
             super().forward(input)
             raise

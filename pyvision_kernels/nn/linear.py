@@ -38,6 +38,6 @@ class Linear(Layer, nn.Linear):
         weight = self.weight if weight is None else weight
         try:
             return run(input, weight, self.bias, activation=self.activation, packs=packs)
-        except RuntimeError:
+        except (RuntimeError, IndexError):
             super().forward(input)  # where PyTorch refuses the input too, by its words
             raise
