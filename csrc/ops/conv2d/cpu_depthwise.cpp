@@ -18,6 +18,7 @@ namespace {
 constexpr int kColumns = 8;
 constexpr int64_t kBlockBytes = 20 << 10;    // of the input rows that a column of tiles keeps in the first-level cache
 constexpr int64_t kTurnedBytes = 256 << 10;  // of the input that a task turns into scratch
+constexpr int64_t kSmallWork = 1 << 18;      // multiply-adds
 
 // kColumns outputs of a row, at a block of channels.
 template <typename T>
@@ -269,6 +270,11 @@ int64_t whole_rows(const Conv2dParams& p) {
   return p.pool ? p.OH / 2 * 2 : p.OH;
 }
 
+// Tasks to a piece of work: all of them where waking a thread is not worth it.
+int64_t tasks_together(const Conv2dParams& p, int64_t tasks) {
+  return p.N * p.K * p.OH * p.OW * p.R * p.S < kSmallWork ? tasks : 1;
+}
+
 // An even number of rows to a band, so that there are several tasks to a thread.
 int64_t band_of(const Conv2dParams& p, int64_t blocks) {
   const int64_t OH = whole_rows(p), threads = thread_count();
@@ -294,7 +300,8 @@ void run_in_place(Call<scalar_t> call, const TapTable& rows, const TapTable& col
   call.rows = row_offsets.data();
   call.columns = column_offsets.data();
   const ConvolveBand<scalar_t> convolve = choose<scalar_t>(p);
-  parallel_for(p.N * bands * blocks.count, 1, [&](int64_t begin, int64_t end) {
+  const int64_t tasks = p.N * bands * blocks.count;
+  parallel_for(tasks, tasks_together(p, tasks), [&](int64_t begin, int64_t end) {
     Buffer<T> sums;
     Buffer<scalar_t> finished;
     for (int64_t task = begin; task < end; ++task) {
@@ -375,7 +382,8 @@ void run_turned(Call<scalar_t> call, const TapTable& rows, const TapTable& colum
   call.rows = row_offsets.data();
   call.columns = column_offsets.data();
   const ConvolveBand<scalar_t> convolve = choose<scalar_t>(p);
-  parallel_for(p.N * bands * blocks.count, 1, [&](int64_t begin, int64_t end) {
+  const int64_t tasks = p.N * bands * blocks.count;
+  parallel_for(tasks, tasks_together(p, tasks), [&](int64_t begin, int64_t end) {
     Buffer<T> sums, input;
     Buffer<scalar_t> finished, output;
     for (int64_t task = begin; task < end; ++task) {
