@@ -26,7 +26,12 @@ LAYERS = {
         {"padding": "same", "padding_mode": "reflect", "groups": 2},
         (2, 4, 7, 6),
     ),
-    "conv2d_circular": (nn.Conv2d, (3, 5, 3), {"padding": (1, 2), "padding_mode": "circular", "stride": 2}, (1, 3, 8, 9)),
+    "conv2d_circular": (
+        nn.Conv2d,
+        (3, 5, 3),
+        {"padding": (1, 2), "padding_mode": "circular", "stride": 2},
+        (1, 3, 8, 9),
+    ),
     "conv2d_depthwise": (nn.Conv2d, (8, 8, 3), {"padding": 2, "dilation": 2, "groups": 8}, (2, 8, 9, 9)),
     "conv2d_unbatched": (nn.Conv2d, (4, 6, 3), {}, (4, 9, 8)),
     "conv1d": (nn.Conv1d, (4, 6, 3), {"padding": 1, "stride": 2}, (2, 4, 11)),

@@ -50,7 +50,7 @@ def _problem(name, dtype=torch.float32, padding_mode="zeros"):
 
 
 def _by(kernel, x, w, b, geometry, packed=None, pool=False, channels_last=False, activation=0, residual=None):
-    return conv2d_op(x, w, b, None, None, residual, packed, *geometry.numbers, activation, pool, channels_last, kernel)
+    return conv2d_op(x, w, b, None, None, residual, packed, geometry.numbers, activation, pool, channels_last, kernel)
 
 
 def _expected(x, w, b, geometry):
@@ -295,6 +295,7 @@ HOSTILE = {
     "huge_padding": ({"numbers": (1, 1, 1 << 62, 1 << 62, 0, 0, 1, 1, 1, 0)}, "expected padding"),
     "padding": ({"numbers": (1, 1, -1, 0, 0, 0, 1, 1, 1, 0)}, "expected padding not to be negative"),
     "groups": ({"numbers": (1, 1, 0, 0, 0, 0, 1, 1, 0, 0)}, "expected groups to be positive"),
+    "too_few_numbers": ({"numbers": (1, 1, 0, 0)}, "expected geometry to have 10 numbers"),
     "mode": ({"numbers": (1, 1, 0, 0, 0, 0, 1, 1, 1, 4)}, "expected padding_mode to be 0 to 3"),
 }
 
@@ -304,7 +305,7 @@ def test_the_operator_itself_checks(name):
     change, message = HOSTILE[name]
     numbers = change.get("numbers", (1, 1, 0, 0, 0, 0, 1, 1, 1, 0))
     x, w = torch.ones(1, 4, 8, 8), torch.ones(4, 4, *change.get("taps", (3, 3)))
-    arguments = (x, w, *(None,) * 5, *numbers, change.get("activation", 0), False, False, change.get("kernel", 0))
+    arguments = (x, w, *(None,) * 5, list(numbers), change.get("activation", 0), False, False, change.get("kernel", 0))
     with pytest.raises(RuntimeError, match=message):
         REGISTRY["conv2d"].overload(*arguments)
 
