@@ -1,4 +1,4 @@
-"""`pvk.nn.Conv2d`, `Conv1d` and `Linear`: torch.nn's layers in all but speed, and packed weights that are never stale."""
+"""`pvk.nn.Conv2d`, `Conv1d` and `Linear`: torch.nn's layers in all but speed; packed weights are never stale."""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ LAYERS = {
         {"padding": "same", "padding_mode": "reflect", "groups": 2},
         (2, 4, 7, 6),
     ),
-    "conv2d_circular": (nn.Conv2d, (3, 5, 3), {"padding": (1, 2), "padding_mode": "circular", "stride": 2}, (1, 3, 8, 9)),
+    "conv2d_circular": (
+        nn.Conv2d,
+        (3, 5, 3),
+        {"padding": (1, 2), "padding_mode": "circular", "stride": 2},
+        (1, 3, 8, 9),
+    ),
     "conv2d_depthwise": (nn.Conv2d, (8, 8, 3), {"padding": 2, "dilation": 2, "groups": 8}, (2, 8, 9, 9)),
     "conv2d_unbatched": (nn.Conv2d, (4, 6, 3), {}, (4, 9, 8)),
     "conv1d": (nn.Conv1d, (4, 6, 3), {"padding": 1, "stride": 2}, (2, 4, 11)),
@@ -299,7 +304,7 @@ def test_bad_input_is_refused_in_the_words_of_torch(name):
         except RuntimeError as error:
             with pytest.raises(RuntimeError) as caught:
                 ours(bad)
-            assert str(caught.value) == str(error)
+            assert str(caught.value) == str(error)  # noqa: PT017
         else:
             _assert_close(ours(bad), expected)
 

@@ -205,9 +205,7 @@ def is_foldable(module: nn.Module, layer: type) -> bool:
         return False
     if is_frozen_norm(module):
         return layer is ours.Conv2d
-    return (
-        type(module) in _NORMS[layer] and not module.training and module._buffers.get("running_mean") is not None
-    )
+    return type(module) in _NORMS[layer] and not module.training and module._buffers.get("running_mean") is not None
 
 
 def _added(node: fx.Node, value: fx.Node) -> fx.Node | None:
@@ -267,7 +265,7 @@ def _is_pool_of_two(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 def _is_pair(value: Any, of: int) -> bool:
-    return type(value) is int and value == of or (isinstance(value, tuple | list) and list(value) in ([of], [of, of]))
+    return (type(value) is int and value == of) or (isinstance(value, tuple | list) and list(value) in ([of], [of, of]))
 
 
 # Modules and functions whose result shares no memory with an argument.
@@ -297,8 +295,12 @@ def _is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         in_operator = node.target in (operator.setitem, operator.iadd) or (
             getattr(node.target, "__module__", "") == "_operator" and name.startswith("i") and name not in _NOT_IN_PLACE
         )
-        return in_operator or name.endswith("_") or bool(node.kwargs.get("inplace")) or "out" in node.kwargs or (
-            node.target in _ACTIVATION_FUNCTIONS and any(item is True for item in node.args[1:])
+        return (
+            in_operator
+            or name.endswith("_")
+            or bool(node.kwargs.get("inplace"))
+            or "out" in node.kwargs
+            or (node.target in _ACTIVATION_FUNCTIONS and any(item is True for item in node.args[1:]))
         )
     return False
 

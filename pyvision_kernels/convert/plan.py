@@ -174,7 +174,9 @@ class Plan:
             self.absorbed.update(remove_identities(graph, modules))
             chains = find_chains(graph, modules)
             self.opaque = [
-                str(node.target) for node in graph.nodes if node.op == "call_module" and _is_opaque(modules[node.target])
+                str(node.target)
+                for node in graph.nodes
+                if node.op == "call_module" and _is_opaque(modules[node.target])
             ]
             within = tuple(f"{name}." for name in self.opaque)
             # What is below a call is for that call to watch.
@@ -195,7 +197,10 @@ class Plan:
         self.values = [module.__dict__ for module in unique.values()]
         self.training = list(map(_training, self.values))
         self.hooks = [
-            hooks for module in unique.values() if module is not root and not has_hooks(module) for hooks in hooks_of(module)
+            hooks
+            for module in unique.values()
+            if module is not root and not has_hooks(module)
+            for hooks in hooks_of(module)
         ]
         children = [
             (module._modules, name, child) for module in unique.values() for name, child in module._modules.items()

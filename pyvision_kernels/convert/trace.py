@@ -8,6 +8,7 @@ for the graph would hold the answer for ever; and tracing leaves the model as it
 from __future__ import annotations
 
 import inspect
+import operator
 import sys
 import threading
 from collections import OrderedDict
@@ -59,6 +60,18 @@ class _Value(fx.Proxy):
         raise AttributeError("__class__")
 
 
+def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    def record(*args: Any) -> Any:
+        return args[0].tracer.create_proxy("call_function", function, args, {})
+
+    return record
+
+
+# torch.fx takes `x += y` for `x = x + y`, which other names of x would not see, and refuses `x[i] = y`.
+for _operation in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem"):
+    setattr(_Value, f"__{_operation}__", _recorded(getattr(operator, _operation)))
+
+
 class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +86,9 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         home = type(m).__module__
         stock = home.startswith(("torch.nn.", "torch.ao.nn.", "pyvision_kernels.nn."))
-        return EXCLUDED in m.__dict__ or has_hooks(m) or is_frozen_norm(m) or (stock and not isinstance(m, nn.Sequential))
+        return (
+            EXCLUDED in m.__dict__ or has_hooks(m) or is_frozen_norm(m) or (stock and not isinstance(m, nn.Sequential))
+        )
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         if threading.get_ident() != self._thread:
