@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import pyvision_kernels as pvk
 from benchmarks import pair, sources
 from pyvision_kernels._case import Case, Inputs, OpCases, all_cases, tensors_of
 from pyvision_kernels._verify import Result, run_case
@@ -63,12 +64,21 @@ class Row:
         return pair.host_clock(self.device) if self.calls > 1 else pair.clock_of(self.device)
 
     def ours(self) -> pair.Call:
-        return _call(self.spec, self.spec.op, _inputs(self.case, self.dtype, self.device, self.layout), self.direction)
+        inputs = _inputs(self.case, self.dtype, self.device, self.layout)
+        if self.spec.in_eval and self.direction == "forward" and self.calls == 1:
+            return self.spec.in_eval(inputs)
+        return _call(self.spec, self.spec.op, inputs, self.direction)
 
     def peer(self) -> pair.Call:
         function = self.spec.op if self.provider.startswith("pvk") else self.spec.peer
-        inputs = _inputs(self.case, torch.float32, self.device, self.layout)
-        return _call(self.spec, function, inputs, self.direction)
+        dtype = torch.float32 if self.provider.endswith("float32") else self.dtype
+        if not self.spec.peer_is_native:
+            return _call(self.spec, function, _inputs(self.case, dtype, self.device, self.layout), self.direction)
+        calls = [
+            _call(self.spec, function, _inputs(self.case, dtype, self.device, layout), self.direction)
+            for layout in ("contiguous", "channels_last")
+        ]
+        return min(calls, key=lambda call: min(pair.timed(call, self.clock) for _ in range(5)))
 
 
 def _rows(config: pytest.Config) -> Iterator[Row]:
@@ -83,7 +93,7 @@ def _rows(config: pytest.Config) -> Iterator[Row]:
         # The third test case of an op is an ordinary one: the first may be empty.
         for case in spec.tests()[2:3] if smoke else spec.benchmarks(config.getoption("full")):
             rows = _rows_of_case(spec, case, device, config.getoption("full"))
-            yield from itertools.islice(rows, 2 if spec.differentiable else 1) if smoke else rows
+            yield from itertools.islice(rows, 2 if len(spec.operators) > 1 else 1) if smoke else rows
         calls = 5 if smoke else CALLS_FOR_OVERHEAD
         yield Row(spec, spec.tiny, torch.float32, "contiguous", "forward", spec.peer_package, device, calls=calls)
 
@@ -95,8 +105,9 @@ def _rows_of_case(spec: OpCases, case: Case, device: str, full: bool) -> Iterato
             continue
         if not full and (dtype, layout) == (half, "channels_last"):
             continue
-        for direction in ("forward", "backward") if spec.differentiable else ("forward",):
-            if dtype == single:
+        # An op without a backward operator has PyTorch's.
+        for direction in ("forward", "backward") if len(spec.operators) > 1 else ("forward",):
+            if dtype == single or spec.peer_is_native:
                 providers = [spec.peer_package]
             elif layout == "contiguous":
                 providers = [f"{spec.peer_package} float32", *(["pvk float32"] if full else [])]
@@ -109,7 +120,7 @@ def _rows_of_case(spec: OpCases, case: Case, device: str, full: bool) -> Iterato
                     yield replace(row, mode="graph")
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)
 def _inputs(case: Case, dtype: torch.dtype, device: str, layout: str) -> Inputs:
     return case.inputs(dtype, device, layout)
 
@@ -149,6 +160,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_ours_against_the_peer(benchmark, row, request):
     result = _checked(row.spec, row.case, row.dtype, row.device, row.layout)[row.direction]
     assert result.ok, f"error {result.error:.1e}, allowed {result.allowed:.1e}; {result.note}"
+    with pvk.backend("pvk"):
+        _time(benchmark, row, result, request.config.getoption("seconds"))
+
+
+def _time(benchmark: Any, row: Row, result: Result, seconds_of_row: float) -> None:
     ours, peer = row.ours(), row.peer()
     seen = operators_seen(ours)
     assert f"pvk::{row.spec.operators[row.direction == 'backward']}" in seen
@@ -159,7 +175,7 @@ def test_ours_against_the_peer(benchmark, row, request):
         if seconds > LAUNCH_BOUND:
             pytest.skip(f"not launch-bound: {seconds * 1e6:.0f} us")
         ours, peer = pair.graphed(ours), pair.graphed(peer)
-    timing = pair.measure(benchmark, ours, peer, row.clock, request.config.getoption("seconds"), row.calls)
+    timing = pair.measure(benchmark, ours, peer, row.clock, seconds_of_row, row.calls)
     if timing is None:
         return
     info = {**row.labels, "error": result.error, "peer_error": result.peer_error, "allowed": result.allowed}

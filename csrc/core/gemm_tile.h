@@ -68,6 +68,16 @@ struct Tile {
       for (int v = 0; v < kVectors; ++v) PVK_ISA::store(target + i * pitch + v * kLanes<T>, sum[i][v]);
   }
 
+  // What finish() will touch: the stores of a tile miss the cache together otherwise.
+  static PVK_INLINE void prefetch(const TileFinish<T>& f, int64_t row) {
+    constexpr int kLine = 64 / int(sizeof(T));
+    for (int i = 0; i < kRows; ++i)
+      for (int c = 0; c < kVectors * kLanes<T>; c += kLine) {
+        __builtin_prefetch(f.output + (row + i) * f.output_pitch + c, 1);
+        if (f.residual != nullptr) __builtin_prefetch(f.residual + (row + i) * f.residual_pitch + c);
+      }
+  }
+
   PVK_INLINE void finish(const TileFinish<T>& f, int64_t row) {
     const int64_t last = f.channels - (kVectors - 1) * kLanes<T>;
     T* const output = f.output + row * f.output_pitch;
@@ -185,6 +195,7 @@ void gemm_block_of(const GemmBlock<T>& b) {
     with_rows<kMax>(count, [&](auto rows) __attribute__((always_inline)) {
       Tile<T, decltype(rows)::value, kVectors> sums;
       T* const target = b.sums + row * b.pitch;
+      if (b.finish != nullptr) sums.prefetch(*b.finish, row);
       sums.clear();
       for (int64_t tap = 0; tap < b.taps; ++tap)
         sums.multiply(b.rows + tap * b.row_pitch + row, b.panel + tap * b.tap_pitch, b.depth, b.first);

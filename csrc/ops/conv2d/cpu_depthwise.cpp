@@ -105,13 +105,7 @@ void convolve_tile(const Tile<scalar_t>& tile, int64_t channels, const Outputs<s
       const Vec<T> scale = load(out.scale + c), shift = load(out.shift + c);
 #pragma GCC unroll 8
       for (int o = 0; o < kColumns; ++o) sums[o] = fma(sums[o], scale, shift);
-      if (activation.is_hardswish) {
-#pragma GCC unroll 8
-        for (int o = 0; o < kColumns; ++o) sums[o] = activate<Activation::kHardswish, T>(sums[o]);
-      } else {
-#pragma GCC unroll 8
-        for (int o = 0; o < kColumns; ++o) sums[o] = activation.clamp(sums[o]);
-      }
+      activation.apply(sums);
       scalar_t* target = out.output + c;
 #pragma GCC unroll 8
       for (int o = 0; o < kColumns; ++o, target += out.pitch)

@@ -11,6 +11,7 @@
 #include "core/parallel.h"
 #include "core/simd.h"
 #include "ops/conv2d/conv2d.h"
+#include "ops/conv2d/cpu_direct_groups.h"
 #include "ops/conv2d/cpu_direct_pack.h"
 #include "ops/conv2d/cpu_direct_taps.h"
 #include "ops/conv2d/cpu_kernels.h"
@@ -21,7 +22,6 @@ namespace {
 
 // Of a panel that stays in L2, and of a sum before it is added to the others: the error grows with its root.
 constexpr int64_t kDepth = 256;
-constexpr int64_t kBlockElements = 1 << 16;  // of input that stays beside it
 
 // Everything that the pieces of one call share.
 template <typename scalar_t>
@@ -176,16 +176,26 @@ bool finishes_in_registers(const Direct<scalar_t>& d, TileFinish<opmath_t<scalar
   return true;
 }
 
+// A thread's own.
+template <typename T>
+struct Scratch {
+  Buffer<const T*> table;
+  Buffer<T> sums;
+};
+
 // Panels [first_panel, last_panel) of all groups, for `count` units from `first`.
 template <typename scalar_t>
-void compute(const Direct<scalar_t>& d, int64_t first, int64_t count, int64_t first_panel, int64_t last_panel) {
+void compute(const Direct<scalar_t>& d, Scratch<opmath_t<scalar_t>>& scratch, int64_t first, int64_t count,
+             int64_t first_panel, int64_t last_panel) {
   using T = opmath_t<scalar_t>;
   const Conv2dParams& p = d.p;
   const DirectWeights<T>& w = d.weights;
   const int64_t pixels = p.pool ? 4 * count : count;
-  Buffer<const T*> table(w.taps * pixels);
+  Buffer<const T*>& table = scratch.table;
+  Buffer<T>& sums = scratch.sums;
+  table.reserve(w.taps * pixels);
+  sums.reserve(pixels * kPanelWidth<T>);
   d.taps.fill(table.data(), pixels, d.input, d.zeros, first, count);
-  Buffer<T> sums(pixels * kPanelWidth<T>);
   scalar_t* const output = static_cast<scalar_t*>(p.output);
   for (int64_t i = first_panel; i < last_panel; ++i) {
     const int64_t group = i / w.panels.count, panel = i % w.panels.count;
@@ -202,7 +212,15 @@ void compute(const Direct<scalar_t>& d, int64_t first, int64_t count, int64_t fi
     scalar_t* const to = output + first * p.K + channel;
     TileFinish<T> finish{};
     const bool finished = finishes_in_registers(d, finish, to, first, channel, channels);
-    if (d.skip_padding) {
+    if (w.shuffled) {
+      block.taps = w.taps;
+      block.panel = packed;
+      block.first = group * w.channels;
+      block.finish = finished ? &finish : nullptr;
+      const T* const zeros = d.skip_padding ? d.zeros : nullptr;
+      w.depth_of_tap == 4 ? gemm_groups<4>(block, zeros) : gemm_groups<8>(block, zeros);
+      if (finished) continue;
+    } else if (d.skip_padding) {
       multiply_panel_without_padding(w, block, vectors, packed, group * w.channels, d.zeros);
     } else {
       multiply_panel(w, block, vectors, packed, group * w.channels, finished ? &finish : nullptr);
@@ -219,24 +237,29 @@ void compute(const Direct<scalar_t>& d, int64_t first, int64_t count, int64_t fi
   }
 }
 
-// Cuts the work into blocks of units times runs of panels: blocks first, as long as each is worth its panels' way
-// through the caches, then panels.
+// Cuts the work into blocks of units times runs of panels: blocks first, then panels where blocks are few. Rows and
+// sums of a block stay in L1 where its depth allows; a deep panel comes from afar, and is worth more rows.
 template <typename scalar_t>
 void run(const Direct<scalar_t>& d) {
   const Conv2dParams& p = d.p;
   const int64_t corners = p.pool ? 4 : 1;
-  const int64_t largest = 48 / corners;
-  const int64_t smallest = 24 / corners;
-  const int64_t panels = p.groups * d.weights.panels.count;
+  const int64_t depth = max_of<int64_t>(1, d.weights.depth());
+  const int64_t largest =
+      (depth > 4 * kDepth ? 96 : min_of<int64_t>(192, max_of<int64_t>(48, 48 * kDepth / 2 / depth)));
+  const int64_t smallest = 24;
+  const int64_t panels = d.weights.groups * d.weights.panels.count;
   const int64_t wanted = 4 * thread_count();
-  int64_t blocks = ceil_div(d.units, largest);
+  int64_t blocks = ceil_div(d.units * corners, largest);
   const int64_t runs = min_of(panels, ceil_div(wanted, blocks));
-  if (blocks * runs < wanted) blocks = min_of(ceil_div(d.units, smallest), ceil_div(wanted, runs));
-  parallel_for(blocks * runs, 1, [&](int64_t begin, int64_t end) {
+  if (blocks * runs < wanted) blocks = min_of(ceil_div(d.units * corners, smallest), ceil_div(wanted, runs));
+  blocks = min_of(blocks, d.units);
+  const int64_t pieces = blocks * runs;
+  parallel_for(pieces, pieces / (2 * wanted), [&](int64_t begin, int64_t end) {
+    Scratch<opmath_t<scalar_t>> scratch;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i % blocks, run = i / blocks;
       const int64_t first = d.units * block / blocks, last = d.units * (block + 1) / blocks;
-      if (first < last) compute(d, first, last - first, panels * run / runs, panels * (run + 1) / runs);
+      compute(d, scratch, first, last - first, panels * run / runs, panels * (run + 1) / runs);
     }
   });
 }

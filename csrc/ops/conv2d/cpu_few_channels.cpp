@@ -11,13 +11,15 @@
 #include "core/parallel.h"
 #include "core/simd.h"
 #include "core/transpose.h"
+#include "ops/conv2d/cheap_activation.h"
 #include "ops/conv2d/cpu_kernels.h"
 #include "ops/conv2d/tap_table.h"
 
 namespace pvk::conv2d::PVK_ISA {
 namespace {
 
-// Widest panel in registers, and pixels of a tile for each width: sums, a row of weights and an input fit the registers.
+// Widest panel in registers, and pixels of a tile for each width: sums, a row of weights and an input fit the
+// registers.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kVectors = 4;
 constexpr int kPixels[] = {0, 8, 8, 8, 6};
@@ -29,6 +31,7 @@ constexpr int kVectors = 2;
 constexpr int kPixels[] = {0, 4, 4};
 #endif
 constexpr int64_t kChunk = 48;  // pixels that are finished at a time: a multiple of all of those, and of pooling's 4
+constexpr int64_t kSpare = 8;   // that a tile may take beyond
 constexpr int64_t kBandBytes = 192 << 10;
 constexpr int64_t kBandRows = 8;
 
@@ -48,20 +51,36 @@ struct BandLayout {
   int64_t rows, row_pitch, column_step, channel_step;
 };
 
-// sums[pixel][panel] = sum over taps of pixel[offset of the tap] * panel[tap].
-template <int kWide, typename T>
-void convolve_tile(const T* const* pixels, const int64_t* offsets, int64_t taps, const T* panel, T* sums) {
+// What a tile computes: sum over taps of pixel[offset of the tap] * panel[tap], of each pixel. It goes finished to
+// `outputs`, else to sums[pixel][panel]: finished where there is a scale, or as it is.
+template <typename scalar_t>
+struct Tiles {
+  using T = opmath_t<scalar_t>;
+  const T* const* pixels;
+  scalar_t* const* outputs;  // or null
+  T* sums;
+  const int64_t* offsets;
+  int64_t taps;
+  const T* panel;
+  const T *scale, *shift;  // or null
+  const CheapActivation<T>* activation;
+  int64_t last_lanes;  // of the panel's last register, that outputs have
+};
+
+template <int kWide, typename scalar_t, typename T>
+void convolve_tile(const Tiles<scalar_t>& tiles, int64_t first) {
   constexpr int kCount = kPixels[kWide], kWidth = kWide * kLanes<T>;
-  Vec<T> total[kCount][kWide];
+  Vec<T> total[kWide][kCount];
   const T* pixel[kCount];
 #pragma GCC unroll 16
   for (int i = 0; i < kCount; ++i) {
-    pixel[i] = pixels[i];
+    pixel[i] = tiles.pixels[first + i];
 #pragma GCC unroll 4
-    for (int v = 0; v < kWide; ++v) total[i][v] = Vec<T>{};
+    for (int v = 0; v < kWide; ++v) total[v][i] = Vec<T>{};
   }
-  for (int64_t t = 0; t < taps; ++t, panel += kWidth) {
-    const int64_t offset = offsets[t];
+  const T* panel = tiles.panel;
+  for (int64_t t = 0; t < tiles.taps; ++t, panel += kWidth) {
+    const int64_t offset = tiles.offsets[t];
     Vec<T> weight[kWide];
 #pragma GCC unroll 4
     for (int v = 0; v < kWide; ++v) weight[v] = load(panel + v * kLanes<T>);
@@ -69,31 +88,53 @@ void convolve_tile(const T* const* pixels, const int64_t* offsets, int64_t taps,
     for (int i = 0; i < kCount; ++i) {
       const Vec<T> x = splat(pixel[i][offset]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kWide; ++v) total[i][v] = fma(x, weight[v], total[i][v]);
+      for (int v = 0; v < kWide; ++v) total[v][i] = fma(x, weight[v], total[v][i]);
     }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < kCount; ++i)
+  if (tiles.scale != nullptr) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kWide; ++v) store(sums + i * kWidth + v * kLanes<T>, total[i][v]);
+    for (int v = 0; v < kWide; ++v) {
+      const Vec<T> scale = load(tiles.scale + v * kLanes<T>), shift = load(tiles.shift + v * kLanes<T>);
+#pragma GCC unroll 16
+      for (int i = 0; i < kCount; ++i) total[v][i] = fma(total[v][i], scale, shift);
+      tiles.activation->apply(total[v]);
+    }
+  }
+  if (tiles.outputs == nullptr) {
+    T* const sums = tiles.sums + first * kWidth;
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < kWide; ++v) store(sums + i * kWidth + v * kLanes<T>, total[v][i]);
+    return;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount; ++i) {
+    scalar_t* const output = tiles.outputs[first + i];
+#pragma GCC unroll 4
+    for (int v = 0; v < kWide - 1; ++v) store(output + v * kLanes<T>, total[v][i]);
+    scalar_t* const last = output + (kWide - 1) * kLanes<T>;
+    if (tiles.last_lanes == kLanes<T>) {
+      store(last, total[kWide - 1][i]);
+    } else {
+      store_first(last, total[kWide - 1][i], tiles.last_lanes);
+    }
+  }
 }
 
-// Sums of `count` pixels, of which there are pointers up to a whole tile.
-template <int kWide, typename T>
-void convolve_chunk(const T* const* pixels, int64_t count, const int64_t* offsets, int64_t taps, const T* panel,
-                    T* sums) {
-  for (int64_t i = 0; i < count; i += kPixels[kWide])
-    convolve_tile<kWide, T>(pixels + i, offsets, taps, panel, sums + i * kWide * kLanes<T>);
+// Of `count` pixels, and of those that fill up the last tile.
+template <int kWide, typename scalar_t>
+void convolve_chunk(const Tiles<scalar_t>& tiles, int64_t count) {
+  for (int64_t i = 0; i < count; i += kPixels[kWide]) convolve_tile<kWide, scalar_t, opmath_t<scalar_t>>(tiles, i);
 }
 
-template <typename T>
-void convolve_chunk_of(int64_t wide, const T* const* pixels, int64_t count, const int64_t* offsets, int64_t taps,
-                       const T* panel, T* sums) {
-  if (wide == 1) return convolve_chunk<1, T>(pixels, count, offsets, taps, panel, sums);
-  if (wide == 2 || kVectors == 2) return convolve_chunk<2, T>(pixels, count, offsets, taps, panel, sums);
+template <typename scalar_t>
+void convolve_chunk_of(int64_t wide, const Tiles<scalar_t>& tiles, int64_t count) {
+  if (wide == 1) return convolve_chunk<1>(tiles, count);
+  if (wide == 2 || kVectors == 2) return convolve_chunk<2>(tiles, count);
   if constexpr (kVectors > 2) {
-    if (wide == 3) return convolve_chunk<3, T>(pixels, count, offsets, taps, panel, sums);
-    return convolve_chunk<4, T>(pixels, count, offsets, taps, panel, sums);
+    if (wide == 3) return convolve_chunk<3>(tiles, count);
+    return convolve_chunk<4>(tiles, count);
   }
 }
 
@@ -146,9 +187,15 @@ class FewChannels {
 
  public:
   FewChannels(const Conv2dParams& p, const T* packed)
-      : p_(p), packed_(packed), panels_(p.K, kLanes<T>), rows_(p, 0, 0), columns_(p, 1, 0),
+      : p_(p),
+        packed_(packed),
+        panels_(p.K, kLanes<T>),
+        rows_(p, 0, 0),
+        columns_(p, 1, 0),
         epilogue_(p.K, p.bias, p.bias_dtype, p.scale, p.shift, p.scale_dtype, p.activation),
-        taps_(p.C * p.R * p.S), offsets_(p.C * p.R * p.S) {
+        activation_(p.activation),
+        taps_(p.C * p.R * p.S),
+        offsets_(p.C * p.R * p.S) {
     OH_ = p.pool ? p.OH / 2 * 2 : p.OH;
     OW_ = p.pool ? p.OW / 2 * 2 : p.OW;
     const bool channels_first = p.input_stride[3] < p.input_stride[1];
@@ -160,8 +207,8 @@ class FewChannels {
     layout_.rows = (band_ - 1) * p.stride[0] + (p.R - 1) * p.dilation[0] + 1;
     for (int64_t t = 0; t < taps_; ++t) {
       const int64_t r = t / (p.S * p.C), s = t / p.C % p.S, c = t % p.C;
-      offsets_[t] = r * p.dilation[0] * layout_.row_pitch + s * p.dilation[1] * layout_.column_step +
-                    c * layout_.channel_step;
+      offsets_[t] =
+          r * p.dilation[0] * layout_.row_pitch + s * p.dilation[1] * layout_.column_step + c * layout_.channel_step;
     }
     // The band's zeros times a weight that is not finite would be NaN.
     bool has_zeros = false;
@@ -192,7 +239,8 @@ class FewChannels {
  private:
   struct Scratch {
     Buffer<T> band, sums, finished, residual;
-    const T* pixels[kChunk + 16];
+    const T* pixels[kChunk + kSpare];
+    scalar_t* outputs[kChunk + kSpare];
     int64_t places[kChunk];  // oh * OW + ow
   };
 
@@ -212,35 +260,76 @@ class FewChannels {
   // Pixels in the order of the output; pooled, the four of an output follow each other.
   void run_panel(int64_t n, int64_t first, int64_t last, int64_t panel, Scratch& scratch) {
     const int64_t width = panels_.width(panel), k = panels_.first(panel), channels = min_of(width, p_.K - k);
-    const T* const weight = packed_ + k * taps_;
-    scratch.sums.reserve((kChunk + 16) * width);
+    const bool is_finished = activation_.is_cheap && p_.residual == nullptr && !skips_zeros_;
+    const bool is_straight = is_finished && p_.output_stride[1] == 1 && !p_.pool;
+    scratch.sums.reserve((kChunk + kSpare) * width);
     scratch.finished.reserve(kChunk * width);
+    Tiles<scalar_t> tiles{};
+    tiles.pixels = scratch.pixels;
+    tiles.outputs = is_straight ? scratch.outputs : nullptr;
+    tiles.sums = scratch.sums.data();
+    tiles.offsets = offsets_.data();
+    tiles.taps = taps_;
+    tiles.panel = packed_ + k * taps_;
+    tiles.scale = is_finished ? epilogue_.scale() + k : nullptr;
+    tiles.shift = epilogue_.shift() + k;
+    tiles.activation = &activation_;
+    tiles.last_lanes = channels - (width - kLanes<T>);
+    scalar_t* const output = static_cast<scalar_t*>(p_.output) + n * p_.output_stride[0] + k * p_.output_stride[1];
     const int64_t total = (last - first) * OW_;
     int64_t y = 0, x = 0;
     for (int64_t begin = 0; begin < total; begin += kChunk) {
       const int64_t count = min_of(kChunk, total - begin);
-      for (int64_t i = 0; i < count; ++i) {
-        scratch.places[i] = (first + y) * p_.OW + x;
-        scratch.pixels[i] = scratch.band.data() + y * p_.stride[0] * layout_.row_pitch +
-                            x * p_.stride[1] * layout_.column_step;
-        advance(y, x);
-      }
-      for (int64_t i = count; i < count + 16; ++i) scratch.pixels[i] = scratch.pixels[count - 1];
-      convolve_chunk_of<T>(width / kLanes<T>, scratch.pixels, count, offsets_.data(), taps_, weight,
-                           scratch.sums.data());
-      if (skips_zeros_) sum_without_zeros(scratch, count, weight, width);
-      if (p_.output_stride[1] == 1 && !p_.pool) {
-        finish_straight(n, k, channels, count, width, scratch);
+      const int64_t first_y = first + y, first_x = x;
+      if (p_.pool) {
+        for (int64_t i = 0; i < count; ++i) {
+          set_pixel(scratch, i, first, y, x);
+          advance_pooled(y, x);
+        }
       } else {
-        finish_turned(n, k, channels, count, width, scratch);
+        for (int64_t i = 0; i < count;) {
+          const int64_t run = min_of(count - i, OW_ - x);
+          const T* pixel = pixel_at(scratch, y, x);
+          scalar_t* target = output + (first + y) * p_.output_stride[2] + x * p_.output_stride[3];
+          for (int64_t j = 0; j < run; ++j) {
+            scratch.pixels[i + j] = pixel + j * p_.stride[1] * layout_.column_step;
+            scratch.outputs[i + j] = target + j * p_.output_stride[3];
+          }
+          if (!is_finished)
+            for (int64_t j = 0; j < run; ++j) scratch.places[i + j] = (first + y) * p_.OW + x + j;
+          i += run;
+          x += run;
+          if (x == OW_) x = 0, ++y;
+        }
+      }
+      for (int64_t i = count; i < count + kSpare; ++i) {
+        scratch.pixels[i] = scratch.pixels[count - 1];
+        scratch.outputs[i] = scratch.outputs[count - 1];
+      }
+      convolve_chunk_of<scalar_t>(width / kLanes<T>, tiles, count);
+      if (is_straight) continue;
+      if (skips_zeros_) sum_without_zeros(scratch, count, tiles.panel, width);
+      if (is_finished) {
+        store_turned(output, first_y, first_x, channels, count, width, scratch.sums.data());
+      } else {
+        finish(n, k, channels, count, width, scratch);
+        store_turned(output, first_y, first_x, channels, count, width, scratch.finished.data());
       }
     }
   }
 
-  PVK_INLINE void advance(int64_t& y, int64_t& x) const {
-    if (!p_.pool) {
-      if (++x == OW_) x = 0, ++y;
-    } else if (x % 2 == 0) {
+  const T* pixel_at(Scratch& scratch, int64_t y, int64_t x) const {
+    return scratch.band.data() + y * p_.stride[0] * layout_.row_pitch + x * p_.stride[1] * layout_.column_step;
+  }
+
+  void set_pixel(Scratch& scratch, int64_t i, int64_t first, int64_t y, int64_t x) const {
+    scratch.pixels[i] = pixel_at(scratch, y, x);
+    scratch.places[i] = (first + y) * p_.OW + x;
+    scratch.outputs[i] = nullptr;
+  }
+
+  PVK_INLINE void advance_pooled(int64_t& y, int64_t& x) const {
+    if (x % 2 == 0) {
       ++x;
     } else if (y % 2 == 0) {
       --x, ++y;
@@ -277,34 +366,16 @@ class FewChannels {
     }
   }
 
-  void finish_straight(int64_t n, int64_t k, int64_t channels, int64_t count, int64_t width, Scratch& scratch) {
-    for_runs(scratch, count, [&](int64_t i, int64_t run, int64_t oh, int64_t ow) {
-      FinishRows<scalar_t> rows{};
-      rows.sums = scratch.sums.data() + i * width;
-      rows.sums_pitch = width;
-      rows.output = static_cast<scalar_t*>(p_.output) + n * p_.output_stride[0] + k + oh * p_.output_stride[2] +
-                    ow * p_.output_stride[3];
-      rows.output_pitch = p_.output_stride[3];
-      if (p_.residual != nullptr) {
-        rows.residual = residual_at(n, k, oh, ow);
-        rows.residual_pitch = p_.residual_stride[3];
-        rows.residual_channel_stride = p_.residual_stride[1];
-      }
-      rows.rows = run;
-      rows.first = k;
-      rows.channels = channels;
-      finish_rows(epilogue_, rows);
-    });
-  }
-
-  void finish_turned(int64_t n, int64_t k, int64_t channels, int64_t count, int64_t width, Scratch& scratch) {
-    T* const finished = scratch.finished.data();
+  void finish(int64_t n, int64_t k, int64_t channels, int64_t count, int64_t width, Scratch& scratch) {
     FinishRows<T> rows{};
     if (p_.residual != nullptr) {
       scratch.residual.reserve(kChunk * width);
       for_runs(scratch, count, [&](int64_t i, int64_t run, int64_t oh, int64_t ow) {
-        load_tile(scratch.residual.data() + i * width, width, residual_at(n, k, oh, ow), p_.residual_stride[1],
-                  p_.residual_stride[3], channels, run);
+        const scalar_t* const residual = static_cast<const scalar_t*>(p_.residual) + n * p_.residual_stride[0] +
+                                         k * p_.residual_stride[1] + oh * p_.residual_stride[2] +
+                                         ow * p_.residual_stride[3];
+        load_tile(scratch.residual.data() + i * width, width, residual, p_.residual_stride[1], p_.residual_stride[3],
+                  channels, run);
       });
       rows.residual = scratch.residual.data();
       rows.residual_pitch = width;
@@ -312,24 +383,27 @@ class FewChannels {
     }
     rows.sums = scratch.sums.data();
     rows.sums_pitch = width;
-    rows.output = finished;
+    rows.output = scratch.finished.data();
     rows.output_pitch = width;
     rows.rows = count;
     rows.first = k;
     rows.channels = width;
     finish_rows(epilogue_, rows);
+  }
+
+  // Values [count][width] of the pixels from (oh, ow) on, pooled first, to the output.
+  void store_turned(scalar_t* output, int64_t oh, int64_t ow, int64_t channels, int64_t count, int64_t width,
+                    T* values) {
     const int64_t pooled = p_.pool ? 2 : 1, row_of = OW_ / pooled;
     const int64_t outputs = count / (pooled * pooled);
-    if (p_.pool) pool_pixels(finished, outputs, width);
+    if (p_.pool) pool_pixels(values, outputs, width);
     // Whole rows of the output may follow each other: then a chunk is one run.
     const bool joined = p_.output_stride[2] == row_of * p_.output_stride[3];
-    const int64_t first_row = scratch.places[0] / p_.OW / pooled, first_column = scratch.places[0] % p_.OW / pooled;
-    int64_t row = first_row, column = first_column;
+    int64_t row = oh / pooled, column = ow / pooled;
     for (int64_t i = 0; i < outputs;) {
       const int64_t run = joined ? outputs : min_of(outputs - i, row_of - column);
-      scalar_t* const target = static_cast<scalar_t*>(p_.output) + n * p_.output_stride[0] + k * p_.output_stride[1] +
-                               row * p_.output_stride[2] + column * p_.output_stride[3];
-      store_tile(target, finished + i * width, width, p_.output_stride[1], p_.output_stride[3], channels, run);
+      store_tile(output + row * p_.output_stride[2] + column * p_.output_stride[3], values + i * width, width,
+                 p_.output_stride[1], p_.output_stride[3], channels, run);
       i += run;
       column = 0;
       ++row;
@@ -341,20 +415,11 @@ class FewChannels {
     for (int64_t i = 0; i < outputs; ++i) {
       for (int64_t v = 0; v < width; v += kLanes<T>) {
         const T* const x = rows + 4 * i * width + v;
-        const Vec<T> upper = larger(load(x), load(x + width));
-        const Vec<T> lower = larger(load(x + 2 * width), load(x + 3 * width));
-        store(rows + i * width + v, larger(upper, lower));
+        const Vec<T> upper = pool_max<T>(load(x), load(x + width));
+        const Vec<T> lower = pool_max<T>(load(x + 2 * width), load(x + 3 * width));
+        store(rows + i * width + v, pool_max<T>(upper, lower));
       }
     }
-  }
-
-  static PVK_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {  // NaN if either is
-    return a > b || a != a ? a : b;
-  }
-
-  const scalar_t* residual_at(int64_t n, int64_t k, int64_t oh, int64_t ow) const {
-    return static_cast<const scalar_t*>(p_.residual) + n * p_.residual_stride[0] + k * p_.residual_stride[1] +
-           oh * p_.residual_stride[2] + ow * p_.residual_stride[3];
   }
 
   const Conv2dParams& p_;
@@ -362,6 +427,7 @@ class FewChannels {
   const Panels panels_;
   const TapTable rows_, columns_;
   const Epilogue<T> epilogue_;
+  const CheapActivation<T> activation_;
   const int64_t taps_;  // (r, s, c)
   Buffer<int64_t> offsets_;
   BandLayout layout_;

@@ -5,6 +5,7 @@
 #include "core/epilogue.h"
 #include "core/math.h"
 #include "core/simd.h"
+#include "ops/conv2d/cheap_activation.h"
 #include "ops/conv2d/cpu_kernels.h"
 #include "ops/conv2d/tap_table.h"
 
@@ -30,30 +31,5 @@ class TapOffsets {
  private:
   Buffer<int64_t> offsets_;
 };
-
-// Activations that are a few operations on a register: clamping, and hardswish. The others go through finish_rows().
-template <typename T>
-struct CheapActivation {
-  bool is_cheap, is_hardswish;
-  T low, high;
-
-  explicit CheapActivation(Activation activation)
-      : is_cheap(activation == Activation::kNone || activation == Activation::kRelu ||
-                 activation == Activation::kRelu6 || activation == Activation::kHardswish),
-        is_hardswish(activation == Activation::kHardswish),
-        low(activation == Activation::kNone ? T(-__builtin_inf()) : T(0)),
-        high(activation == Activation::kRelu6 ? T(6) : T(__builtin_inf())) {}
-
-  PVK_INLINE Vec<T> clamp(Vec<T> x) const {  // NaN stays
-    x = x < low ? splat(low) : x;
-    return x > high ? splat(high) : x;
-  }
-};
-
-// The larger one; NaN if either is.
-template <typename T>
-PVK_INLINE Vec<T> pool_max(Vec<T> a, Vec<T> b) {
-  return a > b || a != a ? a : b;
-}
 
 }  // namespace pvk::conv2d::PVK_ISA

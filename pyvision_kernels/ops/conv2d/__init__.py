@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
 from torch import Tensor
@@ -14,19 +15,25 @@ from pyvision_kernels.ops.conv2d.operator import run
 from pyvision_kernels.ops.conv2d.variants import conv1d, conv_transpose2d
 
 
+_OPTIONAL = (Tensor, NoneType)
+
+
 def _public(
     op: str, input: Any, weight: Any, bias: Any, options: tuple[Any, ...], given: dict[str, Any], activation: str | None
 ) -> Tensor:
     """Checks what only the public functions are given; takes maps without a batch dimension."""
-    optional = {name: value for name, value in {"bias": bias, **given}.items() if value is not None}
-    require_tensors(op, input=input, weight=weight, **optional)
-    _activation.number_of(op, activation)
-    require(weight.dim() == 4, op, "weight to have 4 dimensions [K, C / groups, R, S]", weight.shape)
-    require(input.dim() in (3, 4), op, "input to have 4 dimensions [N, C, H, W], or 3 without N", input.shape)
-    geometry = Geometry.of(*options, weight.shape[2:], op)
     pool = op == "conv2d_max_pool2d"
+    optional = {"bias": bias, **given}
+    if not all(isinstance(value, _OPTIONAL) for value in optional.values()) or not isinstance(input, Tensor):
+        require_tensors(op, input=input, **{name: value for name, value in optional.items() if value is not None})
+    require_tensors(op, weight=weight)
+    if activation is not None:
+        _activation.number_of(op, activation)
+    require(weight.dim() == 4, op, "weight to have 4 dimensions [K, C / groups, R, S]", weight.shape)
+    geometry = Geometry.of(*options, weight.shape[2:], op)
     if input.dim() == 4:
         return run(input, weight, bias, geometry, pool=pool, activation=activation, **given)
+    require(input.dim() == 3, op, "input to have 4 dimensions [N, C, H, W], or 3 without N", input.shape)
     residual = given["residual"]
     if residual is not None:
         require(residual.dim() == 3, op, "residual to have 3 dimensions as input has", residual.shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 
 from pyvision_kernels import _activation
 from pyvision_kernels._case import Case, Inputs, OpCases, error_case
-from pyvision_kernels.ops.conv2d import bench_cases, conv1d, conv2d, conv2d_max_pool2d, conv_transpose2d, reference
+from pyvision_kernels.ops.conv2d import bench_cases, conv1d, conv2d, conv2d_max_pool2d, conv_transpose2d, reference, run
 from pyvision_kernels.ops.conv2d.geometry import Geometry
 
 # Of Winograd F(4x4, 3x3), whose cases are large enough to get it.
@@ -108,6 +110,29 @@ def _bytes(inputs: Inputs, output: Tensor) -> float:
     return float(sum(tensor.numel() * tensor.element_size() for tensor in [*tensors, output]))
 
 
+class _Packs:
+    """Packed weights, as a layer in eval mode keeps them."""
+
+    def __init__(self) -> None:
+        self.made: dict[Hashable, Tensor] = {}
+
+    def get(self, weight: Tensor, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
+
+
+def _in_eval(pool: bool) -> Callable[[Inputs], Callable[[], Tensor]]:
+    def prepare(inputs: Inputs) -> Callable[[], Tensor]:
+        geometry, packs = _geometry(inputs), _Packs()
+        names = ("scale", "shift", "residual", "activation")
+        rest = {name: inputs[name] for name in names if name in inputs}
+        arguments = (inputs["input"], inputs["weight"], inputs.get("bias"), geometry)
+        return functools.partial(run, *arguments, pool=pool, packs=packs, **rest)
+
+    return prepare
+
+
 def _errors(op: str) -> tuple[Any, ...]:
     x, w = torch.ones(1, 4, 6, 6), torch.ones(8, 4, 3, 3)
     good = {"input": x, "weight": w}
@@ -179,6 +204,8 @@ CONV2D = OpCases(
     reference=reference.conv2d,
     peer=peer,
     peer_package="torch",
+    peer_is_native=True,
+    in_eval=_in_eval(pool=False),
     operators=("conv2d",),
     tiny=Case("per_call_overhead", _tiny),
     differentiable=("input", "weight"),
@@ -220,6 +247,8 @@ CONV2D_MAX_POOL2D = OpCases(
     reference=reference.conv2d_max_pool2d,
     peer=_pooled_peer,
     peer_package="torch",
+    peer_is_native=True,
+    in_eval=_in_eval(pool=True),
     operators=("conv2d",),
     tiny=Case("per_call_overhead", _tiny),
     differentiable=("input", "weight"),
@@ -263,6 +292,7 @@ CONV1D = OpCases(
     reference=reference.conv1d,
     peer=reference.conv1d,
     peer_package="torch",
+    peer_is_native=True,
     operators=("conv2d",),
     tiny=Case("per_call_overhead", _tiny_row),
     differentiable=("input", "weight"),
@@ -306,6 +336,7 @@ CONV_TRANSPOSE2D = OpCases(
     reference=reference.conv_transpose2d,
     peer=reference.conv_transpose2d,
     peer_package="torch",
+    peer_is_native=True,
     operators=("conv2d",),
     tiny=Case("per_call_overhead", _tiny_transposed),
     differentiable=("input", "weight"),

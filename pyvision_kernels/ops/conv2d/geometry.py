@@ -22,7 +22,7 @@ class Geometry:
     plans: What was decided for inputs of a shape; filled by `run`.
     """
 
-    numbers: tuple[int, ...]
+    numbers: list[int]
     plans: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -93,7 +93,7 @@ def _checked(
         known = ", ".join(f"'{mode}'" for mode in PADDING_MODES)
         raise ValueError(f"{op}: expected padding_mode to be one of {known}, but got {padding_mode!r}")
     sides = _sides(op, padding, stride_, dilation_, kernel_size)
-    return Geometry((*stride_, *sides, *dilation_, int(groups), PADDING_MODES[padding_mode]))
+    return Geometry([*stride_, *sides, *dilation_, int(groups), PADDING_MODES[padding_mode]])
 
 
 _cached = functools.lru_cache(maxsize=4096)(_checked)

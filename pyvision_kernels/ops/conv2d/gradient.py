@@ -19,7 +19,7 @@ def _source_rows(mode: int, size: int, before: int, after: int, device: torch.de
     return i.clamp(0, size - 1) if mode == 2 else i % size
 
 
-def _pad(input: Tensor, sides: tuple[int, ...], mode: int) -> Tensor:
+def _pad(input: Tensor, sides: list[int], mode: int) -> Tensor:
     left, right, top, bottom = sides
     if mode == 0:
         return F.pad(input, sides)
@@ -27,7 +27,7 @@ def _pad(input: Tensor, sides: tuple[int, ...], mode: int) -> Tensor:
     return input.index_select(2, rows).index_select(3, _source_rows(mode, input.shape[3], left, right, input.device))
 
 
-def _unpad(grad: Tensor, input: Tensor, sides: tuple[int, ...], mode: int) -> Tensor:
+def _unpad(grad: Tensor, input: Tensor, sides: list[int], mode: int) -> Tensor:
     left, right, top, bottom = sides
     height, width = input.shape[2:]
     if mode == 0:
@@ -46,7 +46,7 @@ def backward(
     grad: Tensor,
     needs: tuple[bool, ...],
     tensors: tuple[Tensor | None, ...],
-    numbers: tuple[int, ...],
+    numbers: list[int],
     activation: int,
     pool: bool,
     result: Tensor | None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 
 from pyvision_kernels import _activation
 from pyvision_kernels._case import Case, Inputs, OpCases, error_case
-from pyvision_kernels.ops.linear import linear, reference
+from pyvision_kernels.ops.linear import linear, reference, run
 
 
 def _case(
@@ -55,6 +57,22 @@ def _bytes(inputs: Inputs, output: Tensor) -> float:
     return float(sum(tensor.numel() * tensor.element_size() for tensor in [*tensors, output]))
 
 
+class _Packs:
+    """A packed weight, as a layer in eval mode keeps it."""
+
+    made: Tensor | None = None
+
+    def get(self, weight: Tensor, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        if self.made is None:
+            self.made = make()
+        return self.made
+
+
+def _in_eval(inputs: Inputs) -> Callable[[], Tensor]:
+    rest = {name: inputs[name] for name in ("residual", "activation") if name in inputs}
+    return functools.partial(run, inputs["input"], inputs["weight"], inputs["bias"], packs=_Packs(), **rest)
+
+
 def _tiny(generator: torch.Generator) -> Inputs:
     return {
         "input": torch.randn(1, 8, generator=generator, dtype=torch.float64),
@@ -70,6 +88,8 @@ LINEAR = OpCases(
     reference=reference.linear,
     peer=_peer,
     peer_package="torch",
+    peer_is_native=True,
+    in_eval=_in_eval,
     operators=("linear",),
     tiny=Case("per_call_overhead", _tiny),
     differentiable=("input", "weight"),
