@@ -114,7 +114,7 @@ class FoldedNorm:
     def get(self) -> tuple[Tensor, Tensor]:
         """scale, shift: float64 where the norm is, else float32."""
         norm = self.norm
-        tensors, eps = _of_norm(norm), norm.eps
+        tensors, eps = _of_norm(norm), float(norm.eps)  # type: ignore[arg-type]
         kept = self._kept
         if kept is not None and kept.is_of(tensors):
             folded = kept.results.get(eps)

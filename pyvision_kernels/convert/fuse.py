@@ -1,7 +1,7 @@
 """Fused modules: an instance becomes one of a subclass of its class, whose forward in eval mode is a fused graph.
 
-Nothing else of the instance changes. In train mode, with gradients, under autocast, torch.compile or torch.func, and for
-arguments that the graph was not made for, the forward of its own class runs.
+Nothing else of the instance changes. In train mode, with gradients, under autocast, torch.compile or torch.func, and
+for arguments that the graph was not made for, the forward of its own class runs.
 """
 
 from __future__ import annotations
