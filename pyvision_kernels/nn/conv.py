@@ -28,8 +28,7 @@ def geometry_of(layer: Any) -> Geometry:
     seen, geometry = packs.geometry
     if seen != arguments:
         if isinstance(layer, nn.Conv1d):
-            *rest, (taps,) = arguments
-            geometry = row_geometry(*rest, taps)
+            geometry = row_geometry(*arguments[:5], *arguments[5])
         else:
             geometry = Geometry.of(*arguments)
         packs.geometry = arguments, geometry
@@ -60,9 +59,9 @@ class Conv2d(Layer, nn.Conv2d):
             arguments = self.stride, self.padding, self.dilation, self.groups
             options: dict[str, Any] = {"activation": self.activation, "padding_mode": self.padding_mode}
             return conv2d(input, self.weight, self.bias, *arguments, **options)
-        weight = self._parameters.get("weight")
-        packs = self._kept() if keeps_packs(self, weight) else None
-        weight = self.weight if weight is None else weight
+        held = self._parameters.get("weight")
+        packs = self._kept() if keeps_packs(self, held) else None
+        weight: Tensor = self.weight if held is None else held
         maps = input if input.dim() == 4 else input.unsqueeze(0)
         try:
             output = run(maps, weight, self.bias, geometry_of(self), activation=self.activation, packs=packs)
@@ -92,9 +91,9 @@ class Conv1d(Layer, nn.Conv1d):
             arguments = self.stride, self.padding, self.dilation, self.groups
             options: dict[str, Any] = {"activation": self.activation, "padding_mode": self.padding_mode}
             return conv1d(input, self.weight, self.bias, *arguments, **options)
-        weight = self._parameters.get("weight")
-        packs = PacksOf(self._kept(), weight) if weight is not None and keeps_packs(self, weight) else None
-        weight = self.weight if weight is None else weight
+        held = self._parameters.get("weight")
+        packs = PacksOf(self._kept(), held) if held is not None and keeps_packs(self, held) else None
+        weight: Tensor = self.weight if held is None else held
         try:
             return run_row(input, weight, self.bias, geometry_of(self), activation=self.activation, packs=packs)
         except (RuntimeError, IndexError):
