@@ -23,11 +23,11 @@ _MOST_CHECKED = 4096
 def _check(op: str, input: Any, weight: Any, options: Options) -> Geometry:
     """What only the public functions are given; remembered where it can be hashed, for most calls are repeated."""
     require_tensors(op, input=input, weight=weight)
-    *rest, activation = options
+    stride, padding, dilation, groups, padding_mode, activation = options
     _activation.number_of(op, activation)
     require(weight.dim() == 4, op, "weight to have 4 dimensions [K, C / groups, R, S]", weight.shape)
     require(input.dim() in (3, 4), op, "input to have 4 dimensions [N, C, H, W], or 3 without N", input.shape)
-    geometry = Geometry.of(*rest, weight.shape[2:], op)
+    geometry = Geometry.of(stride, padding, dilation, groups, padding_mode, weight.shape[2:], op)
     if not torch.compiler.is_compiling() and all(type(item) in (int, tuple, str, NoneType) for item in options):
         if len(_checked) >= _MOST_CHECKED:
             _checked.clear()
