@@ -28,7 +28,8 @@ def geometry_of(layer: Any) -> Geometry:
     seen, geometry = packs.geometry
     if seen != arguments:
         if isinstance(layer, nn.Conv1d):
-            geometry = Geometry.of_row(*arguments[:5], *arguments[5], "conv1d")
+            stride, padding, dilation, groups, mode, (taps,) = arguments
+            geometry = Geometry.of_row(stride, padding, dilation, groups, mode, taps, "conv1d")
         else:
             geometry = Geometry.of(*arguments)
         packs.geometry = arguments, geometry
