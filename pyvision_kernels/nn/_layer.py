@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyvision_kernels import _activation
 from pyvision_kernels._check import FLOATING
-from pyvision_kernels._packed import Packs, is_off
+from pyvision_kernels._packed import Packs
 
 _DTYPES = frozenset(FLOATING)
 
@@ -67,12 +67,17 @@ class Layer(nn.Module):
 
 
 def is_for_torch(input: Any) -> bool:
-    """Whether PyTorch's own function is to be called: under autocast, for other dtypes, and for subclasses of Tensor."""
+    """Whether PyTorch's own function is to be called: it casts under autocast, knows more dtypes, ..."""
     if torch.compiler.is_compiling():
         return torch.is_autocast_enabled(input.device.type) or input.dtype not in FLOATING
     if type(input) is not Tensor and type(input) is not nn.Parameter:
         return not isinstance(input, torch.fx.Proxy)
-    return input.dtype not in _DTYPES or torch._C._is_any_autocast_enabled()
+    return (
+        input.dtype not in _DTYPES
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def is_traced(input: Any) -> bool:
@@ -81,5 +86,5 @@ def is_traced(input: Any) -> bool:
 
 
 def keeps_packs(layer: nn.Module, weight: Tensor | None) -> bool:
-    """Whether a call may use packed weights: in eval mode, of a parameter, and where tensors are what they seem."""
-    return not layer.training and weight is not None and not is_off()
+    """Whether a call may use packed weights: in eval mode, of a parameter that the layer holds."""
+    return weight is not None and not layer.training

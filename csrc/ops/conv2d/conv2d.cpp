@@ -1,6 +1,8 @@
 // Binding of conv2d: tensors -> checks -> Conv2dParams -> the backend's kernel.
 #include "ops/conv2d/conv2d.h"
 
+#include <vector>
+
 #include "core/binding.h"
 
 namespace pvk::conv2d {
@@ -12,9 +14,15 @@ constexpr int64_t kLargest = int64_t(1) << 31;  // of strides, dilations and pad
 
 const char* kOp = "conv2d";
 
+// Numbers of pyvision_kernels/ops/conv2d/geometry.py, in its order.
 struct Geometry {
   int64_t stride_h, stride_w, left, right, top, bottom, dilation_h, dilation_w, groups, padding_mode;
 };
+
+Geometry geometry_of(const char* op, const std::vector<int64_t>& n) {
+  PVK_CHECK(n.size() == 10, op, ": expected geometry to have 10 numbers, but got ", n.size());
+  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9]};
+}
 
 void check_weight(const char* op, const Tensor& weight, const Geometry& g) {
   PVK_CHECK(weight.dim() == 4, op, ": expected weight to have 4 dimensions [K, C / groups, R, S], but got ",
@@ -90,31 +98,30 @@ void fill_weight(Conv2dParams& p, const char* op, const Tensor& weight, const Ge
 }
 
 Tensor forward_op(const Tensor& input, const Tensor& weight, OptionalTensor bias, OptionalTensor scale,
-                  OptionalTensor shift, const OptionalTensor& residual, const OptionalTensor& packed, int64_t stride_h,
-                  int64_t stride_w, int64_t left, int64_t right, int64_t top, int64_t bottom, int64_t dilation_h,
-                  int64_t dilation_w, int64_t groups, int64_t padding_mode, int64_t activation, bool pool,
-                  bool channels_last, int64_t algorithm) {
-  const Geometry g{stride_h, stride_w, left, right, top, bottom, dilation_h, dilation_w, groups, padding_mode};
+                  OptionalTensor shift, const OptionalTensor& residual, const OptionalTensor& packed,
+                  const std::vector<int64_t>& geometry, int64_t activation, bool pool, bool channels_last,
+                  int64_t algorithm) {
+  const Geometry g = geometry_of(kOp, geometry);
   PVK_CHECK(input.dim() == 4, kOp, ": expected input to have 4 dimensions [N, C, H, W], but got ", shape_of(input));
   check_weight(kOp, weight, g);
-  PVK_CHECK(input.size(1) == weight.size(1) * groups, kOp, ": expected input to have ", weight.size(1) * groups,
+  PVK_CHECK(input.size(1) == weight.size(1) * g.groups, kOp, ": expected input to have ", weight.size(1) * g.groups,
             " channels as weight and groups have, but got ", shape_of(input));
   PVK_CHECK(input.scalar_type() == weight.scalar_type(), kOp, ": expected weight to be ", input.scalar_type(),
             " as input is, but got ", weight.scalar_type());
   check_same_device(kOp, "weight", weight, "input", input);
-  PVK_CHECK(padding_mode >= 0 && padding_mode <= int64_t(PaddingMode::kCircular), kOp,
-            ": expected padding_mode to be 0 to 3, but got ", padding_mode);
+  PVK_CHECK(g.padding_mode >= 0 && g.padding_mode <= int64_t(PaddingMode::kCircular), kOp,
+            ": expected padding_mode to be 0 to 3, but got ", g.padding_mode);
   PVK_CHECK(activation >= 0 && activation <= int64_t(Activation::kSigmoid), kOp,
             ": expected activation to be 0 to 6, but got ", activation);
   Conv2dParams p{};
   p.N = input.size(0);
   p.H = input.size(2);
   p.W = input.size(3);
-  p.OH = output_size("height", p.H, top, bottom, weight.size(2), stride_h, dilation_h, padding_mode);
-  p.OW = output_size("width", p.W, left, right, weight.size(3), stride_w, dilation_w, padding_mode);
-  p.padding_top = top;
-  p.padding_left = left;
-  p.padding_mode = PaddingMode(padding_mode);
+  p.OH = output_size("height", p.H, g.top, g.bottom, weight.size(2), g.stride_h, g.dilation_h, g.padding_mode);
+  p.OW = output_size("width", p.W, g.left, g.right, weight.size(3), g.stride_w, g.dilation_w, g.padding_mode);
+  p.padding_top = g.top;
+  p.padding_left = g.left;
+  p.padding_mode = PaddingMode(g.padding_mode);
   p.activation = Activation(activation);
   p.pool = pool;
   const int64_t channels = weight.size(0);
@@ -160,10 +167,9 @@ Tensor forward_op(const Tensor& input, const Tensor& weight, OptionalTensor bias
   return output;
 }
 
-Tensor pack_op(const Tensor& weight, int64_t stride_h, int64_t stride_w, int64_t dilation_h, int64_t dilation_w,
-               int64_t groups, int64_t algorithm) {
+Tensor pack_op(const Tensor& weight, const std::vector<int64_t>& geometry, int64_t algorithm) {
   constexpr const char* kPack = "_conv2d_pack";
-  const Geometry g{stride_h, stride_w, 0, 0, 0, 0, dilation_h, dilation_w, groups, 0};
+  const Geometry g = geometry_of(kPack, geometry);
   check_weight(kPack, weight, g);
   PackParams p{};
   const DeviceScope scope(weight);
