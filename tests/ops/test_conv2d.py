@@ -476,3 +476,12 @@ def test_winograd_is_the_same_for_every_division_of_the_work(kernel, channels, s
         torch.set_num_threads(threads)
     assert (runs[0] - exact).norm() <= 2e-6 * exact.norm()
     assert all(torch.equal(runs[0], other) for other in runs)
+
+
+@pytest.mark.parametrize("kernel", WINOGRADS)
+@pytest.mark.parametrize("padding_mode", range(1, len(MODES)))
+def test_winograd_tiles_beyond_the_output_read_nothing(kernel, padding_mode):
+    x = torch.randn(1, 3, 3, 2, generator=torch.Generator().manual_seed(1))
+    w = torch.ones(2, 3, 3, 3)
+    geometry = Geometry.of(1, 1, 1, 1, MODES[padding_mode], (3, 3))
+    torch.testing.assert_close(_by(kernel, x, w, None, geometry), _expected(x, w, None, geometry))
