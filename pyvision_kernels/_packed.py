@@ -114,13 +114,13 @@ class FoldedNorm:
     def get(self) -> tuple[Tensor, Tensor]:
         """scale, shift: float64 where the norm is, else float32."""
         norm = self.norm
-        tensors, eps = _of_norm(norm), norm.eps
+        tensors, eps = _of_norm(norm), float(norm.eps)  # type: ignore[arg-type]
         kept = self._kept
         if kept is not None and kept.is_of(tensors):
             folded = kept.results.get(eps)
             if folded is not None:
                 return folded
-        folded = _outside_of_autograd(lambda: _fold(*tensors, eps))  # type: ignore[arg-type]
+        folded = _outside_of_autograd(lambda: _fold(tensors, eps))
         if not any(tensor is not None and tensor.is_inference() for tensor in tensors):
             kept = _Kept(tensors)
             kept.results[eps] = folded
@@ -142,7 +142,8 @@ def _of_norm(norm: nn.Module) -> tuple[Tensor | None, ...]:
     )
 
 
-def _fold(mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
+def _fold(tensors: tuple[Any, ...], eps: float) -> tuple[Tensor, Tensor]:
+    mean, variance, weight, bias = tensors
     wide = torch.float64
     scale = (variance.to(wide) + eps).rsqrt()
     if weight is not None:

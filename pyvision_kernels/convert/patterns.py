@@ -265,7 +265,7 @@ def _is_pool_of_two(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 def _is_pair(value: Any, of: int) -> bool:
-    return type(value) is int and value == of or (isinstance(value, tuple | list) and list(value) in ([of], [of, of]))
+    return (type(value) is int and value == of) or (isinstance(value, tuple | list) and list(value) in ([of], [of, of]))
 
 
 # Modules and functions whose result shares no memory with an argument.

@@ -8,6 +8,7 @@ for the graph would hold the answer for ever; and tracing leaves the model as it
 from __future__ import annotations
 
 import inspect
+import operator
 import sys
 import threading
 from collections import OrderedDict
@@ -57,6 +58,18 @@ class _Value(fx.Proxy):
     @__class__.setter
     def __class__(self, value: Any) -> None:
         raise AttributeError("__class__")
+
+
+def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    def record(*args: Any) -> Any:
+        return args[0].tracer.create_proxy("call_function", function, args, {})
+
+    return record
+
+
+# torch.fx takes `x += y` for `x = x + y`, which other names of x would not see, and refuses `x[i] = y`.
+for _operation in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem"):
+    setattr(_Value, f"__{_operation}__", _recorded(getattr(operator, _operation)))
 
 
 class _Tracer(fx.Tracer):

@@ -33,9 +33,9 @@ class Linear(Layer, nn.Linear):
             return self._activated(super().forward(input))
         if is_traced(input):
             return linear(input, self.weight, self.bias, activation=self.activation)
-        weight = self._parameters.get("weight")
-        packs = self._kept() if keeps_packs(self, weight) else None
-        weight = self.weight if weight is None else weight
+        held = self._parameters.get("weight")
+        packs = self._kept() if keeps_packs(self, held) else None
+        weight: Tensor = self.weight if held is None else held
         try:
             return run(input, weight, self.bias, activation=self.activation, packs=packs)
         except (RuntimeError, IndexError):
