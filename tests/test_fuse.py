@@ -21,6 +21,15 @@ import pyvision_kernels as pvk
 torchvision = pytest.importorskip("torchvision")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """The maps here are too small for more, and where a machine is busy, threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def _randomized(model, dtype=torch.float64):
     """In eval mode, with running statistics and affine parameters as after training."""
     model = model.eval().to(dtype)
