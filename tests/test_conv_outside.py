@@ -159,7 +159,7 @@ def _onnx_cases(*modules: str) -> dict[str, Any]:
         return {}
     made = importlib.import_module(package)._NodeTestCases
     operators = {"Conv", "ConvInteger", "ConvTranspose", "Gemm"}
-    return {case.name: case for case in made if [node.op_type for node in case.model.graph.node][0] in operators}
+    return {case.name: case for case in made if next(node.op_type for node in case.model.graph.node) in operators}
 
 
 ONNX = _onnx_cases("conv", "convinteger", "convtranspose", "gemm")

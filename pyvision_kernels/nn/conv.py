@@ -12,7 +12,7 @@ from pyvision_kernels._packed import PacksOf
 from pyvision_kernels.nn._layer import Layer, is_for_torch, is_traced, keeps_packs
 from pyvision_kernels.ops.conv2d import conv1d, conv2d, run
 from pyvision_kernels.ops.conv2d.geometry import Geometry
-from pyvision_kernels.ops.conv2d.variants import row_geometry, run_row
+from pyvision_kernels.ops.conv2d.variants import run_row
 
 # Leaves for torch.fx.
 torch.fx.wrap("conv1d")
@@ -28,7 +28,7 @@ def geometry_of(layer: Any) -> Geometry:
     seen, geometry = packs.geometry
     if seen != arguments:
         if isinstance(layer, nn.Conv1d):
-            geometry = row_geometry(*arguments[:5], *arguments[5])
+            geometry = Geometry.of_row(*arguments[:5], *arguments[5], "conv1d")
         else:
             geometry = Geometry.of(*arguments)
         packs.geometry = arguments, geometry

@@ -1,7 +1,8 @@
 // Depthwise convolution on the CPU, channels_last, registers along C; and the choice between it and planes (NCHW).
 //
 // A task owns a band of output rows at a block of channels, and goes down it by columns of tiles: the input rows of a
-// tile stay in the first-level cache until the next row of tiles has used them.
+// tile stay in the first-level cache until the next row of tiles has used them. Maps of another layout, and those of
+// 16 bits, are brought into scratch first, a band at a time; then it is the same kernel.
 #include "core/buffer.h"
 #include "core/dispatch.h"
 #include "core/epilogue.h"
@@ -16,13 +17,13 @@ namespace {
 // Output columns of a register tile. AVX2's 16 registers hold 8 sums, a row of up to 7 weights and an input.
 constexpr int kColumns = 8;
 constexpr int64_t kBlockBytes = 20 << 10;    // of the input rows that a column of tiles keeps in the first-level cache
-constexpr int64_t kTurnedBytes = 128 << 10;  // of the input that a task turns into scratch
+constexpr int64_t kTurnedBytes = 256 << 10;  // of the input that a task turns into scratch
+constexpr int64_t kSmallWork = 1 << 18;      // multiply-adds
 
 // kColumns outputs of a row, at a block of channels.
-template <typename scalar_t>
+template <typename T>
 struct Tile {
-  using T = opmath_t<scalar_t>;
-  const scalar_t* input;
+  const T* input;
   const T* weight;         // [R * S][pitch]
   const int64_t* rows;     // tap r reads rows[r * row_step]
   const int64_t* columns;  // tap s of output o reads columns[o * stride + s * column_step]
@@ -30,8 +31,8 @@ struct Tile {
 };
 
 // A row of taps: each input register is loaded once and goes into every sum that it is part of.
-template <int S, int kStride, typename T, typename scalar_t>
-PVK_INLINE void add_row(Vec<T>* sums, const scalar_t* row, const int64_t* columns, const T* weight, int64_t pitch) {
+template <int S, int kStride, typename T>
+PVK_INLINE void add_row(Vec<T>* sums, const T* row, const int64_t* columns, const T* weight, int64_t pitch) {
   Vec<T> w[S];
 #pragma GCC unroll 8
   for (int s = 0; s < S; ++s) w[s] = load(weight + s * pitch);
@@ -48,8 +49,8 @@ PVK_INLINE void add_row(Vec<T>* sums, const scalar_t* row, const int64_t* column
 }
 
 // The same for any kernel size, stride and dilation.
-template <typename T, typename scalar_t>
-PVK_INLINE void add_any_row(Vec<T>* sums, const scalar_t* row, const Tile<scalar_t>& tile, const T* weight) {
+template <typename T>
+PVK_INLINE void add_any_row(Vec<T>* sums, const T* row, const Tile<T>& tile, const T* weight) {
   for (int64_t s = 0; s < tile.S; ++s) {
     const Vec<T> w = load(weight + s * tile.pitch);
     const int64_t* column = tile.columns + s * tile.column_step;
@@ -59,14 +60,14 @@ PVK_INLINE void add_any_row(Vec<T>* sums, const scalar_t* row, const Tile<scalar
   }
 }
 
-template <int S, int kStride, typename T, typename scalar_t>
-PVK_INLINE void convolve(Vec<T>* sums, const Tile<scalar_t>& tile, int64_t c) {
+template <int S, int kStride, typename T>
+PVK_INLINE void convolve(Vec<T>* sums, const Tile<T>& tile, int64_t c) {
 #pragma GCC unroll 8
   for (int o = 0; o < kColumns; ++o) sums[o] = Vec<T>{};
   for (int64_t r = 0; r < tile.R; ++r) {
     const int64_t row = tile.rows[r * tile.row_step];
     if (row < 0) continue;
-    const scalar_t* x = tile.input + row + c;
+    const T* x = tile.input + row + c;
     const T* w = tile.weight + r * tile.S * tile.pitch + c;
     if constexpr (S > 0) {
       add_row<S, kStride, T>(sums, x, tile.columns, w, tile.pitch);
@@ -96,7 +97,7 @@ struct Outputs {
 };
 
 template <int S, int kStride, typename scalar_t, typename T>
-void convolve_tile(const Tile<scalar_t>& tile, int64_t channels, const Outputs<scalar_t>& out,
+void convolve_tile(const Tile<T>& tile, int64_t channels, const Outputs<scalar_t>& out,
                    const CheapActivation<T>& activation) {
   for_registers<T>(channels, [&](int64_t c) __attribute__((always_inline)) {
     Vec<T> sums[kColumns];
@@ -168,8 +169,8 @@ struct Call {
 // A band of output rows of a block of channels, both channels_last.
 template <typename scalar_t>
 struct Band {
-  const scalar_t* input;  // of the block's first channel, at the row and column of offset 0
-  scalar_t* output;       // of the block's first channel, at row 0
+  const opmath_t<scalar_t>* input;  // of the block's first channel, at the row and column of offset 0
+  scalar_t* output;                 // of the block's first channel, at row 0
   int64_t output_row, output_pixel;
   const scalar_t* residual;  // the same, of the strides of p, or null
   int64_t c, channels, first, last;
@@ -185,7 +186,7 @@ void convolve_band(const Call<scalar_t>& call, const Band<scalar_t>& band, Buffe
   const int64_t pitch = ceil_div(outputs, int64_t(kLanes<T>)) * kLanes<T> * (call.M > 1 ? call.M : 1);
   if (!direct) sums.reserve(kColumns * pitch);
   if (p.pool) finished.reserve(2 * kColumns * pitch);
-  Tile<scalar_t> tile;
+  Tile<T> tile;
   tile.input = band.input;
   tile.R = p.R;
   tile.S = p.S;
@@ -269,6 +270,11 @@ int64_t whole_rows(const Conv2dParams& p) {
   return p.pool ? p.OH / 2 * 2 : p.OH;
 }
 
+// Tasks to a piece of work: all of them where waking a thread is not worth it.
+int64_t tasks_together(const Conv2dParams& p, int64_t tasks) {
+  return p.N * p.K * p.OH * p.OW * p.R * p.S < kSmallWork ? tasks : 1;
+}
+
 // An even number of rows to a band, so that there are several tasks to a thread.
 int64_t band_of(const Conv2dParams& p, int64_t blocks) {
   const int64_t OH = whole_rows(p), threads = thread_count();
@@ -294,7 +300,8 @@ void run_in_place(Call<scalar_t> call, const TapTable& rows, const TapTable& col
   call.rows = row_offsets.data();
   call.columns = column_offsets.data();
   const ConvolveBand<scalar_t> convolve = choose<scalar_t>(p);
-  parallel_for(p.N * bands * blocks.count, 1, [&](int64_t begin, int64_t end) {
+  const int64_t tasks = p.N * bands * blocks.count;
+  parallel_for(tasks, tasks_together(p, tasks), [&](int64_t begin, int64_t end) {
     Buffer<T> sums;
     Buffer<scalar_t> finished;
     for (int64_t task = begin; task < end; ++task) {
@@ -314,50 +321,57 @@ void run_in_place(Call<scalar_t> call, const TapTable& rows, const TapTable& col
   });
 }
 
-// tile[pixel][channel] = source, or back; a row at a time, or all at once where rows follow each other.
-template <typename scalar_t, bool kLoad>
-void turn(scalar_t* tile, int64_t pitch, scalar_t* map, const int64_t* stride, int64_t channels, int64_t rows,
-          int64_t columns) {
+// tile[pixel][channel] = map, converted; all rows at once where they follow each other.
+template <typename scalar_t, typename T>
+void turn_in(T* tile, int64_t pitch, const scalar_t* map, const int64_t* stride, int64_t channels, int64_t rows,
+             int64_t columns) {
+  const bool joined = stride[2] == columns * stride[3];
+  const int64_t runs = joined ? 1 : rows, pixels = joined ? rows * columns : columns;
+  for (int64_t run = 0; run < runs; ++run, map += stride[2], tile += pixels * pitch) {
+    if (stride[1] != 1) {
+      load_tile(tile, pitch, map, stride[1], stride[3], channels, pixels);
+    } else {
+      for (int64_t i = 0; i < pixels; ++i)
+        for_registers<T>(channels, [&](int64_t c) { store(tile + i * pitch + c, load(map + i * stride[3] + c)); });
+    }
+  }
+}
+
+// The way back.
+template <typename scalar_t>
+void turn_out(const scalar_t* tile, int64_t pitch, scalar_t* map, const int64_t* stride, int64_t channels, int64_t rows,
+              int64_t columns) {
   using T = opmath_t<scalar_t>;
   const bool joined = stride[2] == columns * stride[3];
   const int64_t runs = joined ? 1 : rows, pixels = joined ? rows * columns : columns;
   for (int64_t run = 0; run < runs; ++run, map += stride[2], tile += pixels * pitch) {
     if constexpr (sizeof(scalar_t) == sizeof(T)) {
-      if constexpr (kLoad) {
-        load_tile<scalar_t, T>(tile, pitch, map, stride[1], stride[3], channels, pixels);
-      } else {
-        store_tile<scalar_t, T>(map, tile, pitch, stride[1], stride[3], channels, pixels);
-      }
+      store_tile(map, tile, pitch, stride[1], stride[3], channels, pixels);
     } else {
       constexpr int64_t kPart = 64;
       alignas(64) T part[kPart * kPart];
       for (int64_t c = 0; c < channels; c += kPart) {
         for (int64_t i = 0; i < pixels; i += kPart) {
           const int64_t count = min_of(kPart, pixels - i), lanes = min_of(kPart, channels - c);
-          scalar_t* const here = map + c * stride[1] + i * stride[3];
-          scalar_t* const there = tile + i * pitch + c;
-          if constexpr (kLoad) {
-            load_tile(part, kPart, here, stride[1], stride[3], lanes, count);
-            store_tile(there, part, kPart, 1, pitch, lanes, count);
-          } else {
-            load_tile(part, kPart, there, 1, pitch, lanes, count);
-            store_tile(here, part, kPart, stride[1], stride[3], lanes, count);
-          }
+          load_tile(part, kPart, tile + i * pitch + c, 1, pitch, lanes, count);
+          store_tile(map + c * stride[1] + i * stride[3], part, kPart, stride[1], stride[3], lanes, count);
         }
       }
     }
   }
 }
 
-// Any layouts: a task turns its part of the input into scratch, and its outputs back.
+// Any layouts and types: a task brings its part of the input into scratch, and its outputs back.
 template <typename scalar_t>
 void run_turned(Call<scalar_t> call, const TapTable& rows, const TapTable& columns) {
   using T = opmath_t<scalar_t>;
   const Conv2dParams& p = call.p;
   const int64_t OH = whole_rows(p), M = call.M, OW = p.pool ? p.OW / 2 : p.OW;
-  const Blocks blocks(p.C, min_of(p.C, int64_t(2 * kLanes<T>)), kLanes<T>);
+  const bool reads_runs = p.input_stride[1] == 1, writes_straight = p.output_stride[1] == 1;
+  const int64_t wanted = (reads_runs && writes_straight ? 4 : 2) * kLanes<T>;
+  const Blocks blocks(p.C, min_of(p.C, wanted), kLanes<T>);
   const int64_t pitch = ceil_div(blocks.largest(), int64_t(kLanes<T>)) * kLanes<T>;
-  const int64_t row_bytes = p.W * pitch * int64_t(sizeof(scalar_t));
+  const int64_t row_bytes = p.W * pitch * int64_t(sizeof(T));
   // Rows that fit, with those above and below; all of them where padding may read any.
   const int64_t halo = (p.R - 1) * p.dilation[0] + 1;
   int64_t band = max_of(int64_t(8), (kTurnedBytes / max_of(row_bytes, int64_t(1)) - halo) / p.stride[0] / 2 * 2);
@@ -368,9 +382,10 @@ void run_turned(Call<scalar_t> call, const TapTable& rows, const TapTable& colum
   call.rows = row_offsets.data();
   call.columns = column_offsets.data();
   const ConvolveBand<scalar_t> convolve = choose<scalar_t>(p);
-  parallel_for(p.N * bands * blocks.count, 1, [&](int64_t begin, int64_t end) {
-    Buffer<T> sums;
-    Buffer<scalar_t> finished, input, output;
+  const int64_t tasks = p.N * bands * blocks.count;
+  parallel_for(tasks, tasks_together(p, tasks), [&](int64_t begin, int64_t end) {
+    Buffer<T> sums, input;
+    Buffer<scalar_t> finished, output;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / (bands * blocks.count), b = task % blocks.count, c = blocks.begin(b);
       Band<scalar_t> part;
@@ -386,20 +401,25 @@ void run_turned(Call<scalar_t> call, const TapTable& rows, const TapTable& colum
       input.reserve((last - first) * p.W * pitch);
       const scalar_t* const source = static_cast<const scalar_t*>(p.input) + n * p.input_stride[0] +
                                      c * p.input_stride[1] + first * p.input_stride[2];
-      turn<scalar_t, true>(input.data(), pitch, const_cast<scalar_t*>(source), p.input_stride, part.channels,
-                           last - first, p.W);
+      turn_in(input.data(), pitch, source, p.input_stride, part.channels, last - first, p.W);
       const int64_t first_row = p.pool ? part.first / 2 : part.first, last_row = p.pool ? part.last / 2 : part.last;
-      output.reserve((last_row - first_row) * OW * pitch * M);
+      scalar_t* const image = static_cast<scalar_t*>(p.output) + n * p.output_stride[0] + c * M * p.output_stride[1];
       part.input = input.data() - first * p.W * pitch;
+      part.residual = residual_of<scalar_t>(p, n, c * M);
+      if (writes_straight) {
+        part.output = image;
+        part.output_row = p.output_stride[2];
+        part.output_pixel = p.output_stride[3];
+        convolve(call, part, sums, finished);
+        continue;
+      }
+      output.reserve((last_row - first_row) * OW * pitch * M);
       part.output = output.data() - first_row * OW * pitch * M;
       part.output_row = OW * pitch * M;
       part.output_pixel = pitch * M;
-      part.residual = residual_of<scalar_t>(p, n, c * M);
       convolve(call, part, sums, finished);
-      scalar_t* const target = static_cast<scalar_t*>(p.output) + n * p.output_stride[0] + c * M * p.output_stride[1] +
-                               first_row * p.output_stride[2];
-      turn<scalar_t, false>(output.data(), pitch * M, target, p.output_stride, part.channels * M, last_row - first_row,
-                            OW);
+      turn_out(output.data(), pitch * M, image + first_row * p.output_stride[2], p.output_stride, part.channels * M,
+               last_row - first_row, OW);
     }
   });
 }
@@ -441,11 +461,10 @@ void forward_typed(const Conv2dParams& p) {
   const CheapActivation<T> activation(p.activation);
   const TapTable rows(p, 0, 0), columns(p, 1, kColumns * p.stride[1]);
   const Call<scalar_t> call{p, weight, pitch, nullptr, nullptr, epilogue, activation, M};
-  if (p.input_stride[1] == 1 && p.output_stride[1] == 1) {
-    run_in_place(call, rows, columns);
-  } else {
-    run_turned(call, rows, columns);
+  if constexpr (sizeof(scalar_t) == sizeof(T)) {
+    if (p.input_stride[1] == 1 && p.output_stride[1] == 1) return run_in_place(call, rows, columns);
   }
+  run_turned(call, rows, columns);
 }
 
 }  // namespace

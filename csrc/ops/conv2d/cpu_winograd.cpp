@@ -93,6 +93,27 @@ struct PackedWeights {
   }
 };
 
+// Memory of each thread that works at a time: one allocation, so that pages are not returned between blocks.
+template <typename T>
+class Scratch {
+ public:
+  Scratch(int64_t threads, int64_t each) : threads_(threads), each_(each), data_(threads * each), taken_(threads) {
+    for (int64_t i = 0; i < threads; ++i) taken_[i] = 0;
+  }
+
+  int64_t take() {
+    for (int64_t i = 0;; i = i + 1 < threads_ ? i + 1 : 0)
+      if (__atomic_exchange_n(&taken_[i], char(1), __ATOMIC_ACQUIRE) == 0) return i;
+  }
+  void give_back(int64_t slot) { __atomic_store_n(&taken_[slot], char(0), __ATOMIC_RELEASE); }
+  T* of(int64_t slot) { return &data_[slot * each_]; }
+
+ private:
+  const int64_t threads_, each_;
+  Buffer<T> data_;
+  Buffer<char> taken_;
+};
+
 template <typename T>
 __attribute__((noinline)) void activate_all(Activation activation, Vec<T>* values, int count) {
   with_activation(activation, [&](auto tag) __attribute__((always_inline)) {
@@ -135,7 +156,7 @@ class Convolution {
     const int64_t fitting = min_of(kBlockBytes / tile_bytes, kMostTiles);
     if (fitting >= kLeastTiles && tiles_ >= threads * kLeastTiles) {
       const int64_t blocks = ceil_div(ceil_div(tiles_, fitting), threads) * threads;
-      run_apart(ceil_div(tiles_, blocks));
+      run_apart(ceil_div(tiles_, blocks), threads);
     } else {
       const int64_t most = max_of(kSharedBytes / tile_bytes, kLeastTiles);
       run_together(ceil_div(tiles_, ceil_div(tiles_, most)), threads);
@@ -144,13 +165,17 @@ class Convolution {
 
  private:
   // Each thread takes blocks of tiles through all steps.
-  void run_apart(int64_t block) {
+  void run_apart(int64_t block, int64_t threads) {
+    const int64_t plane = plane_of(block, pitch_), sums_plane = plane_of(block, kPanel);
+    Scratch<T> scratch(threads, kElements * (plane + sums_plane));
     parallel_for(tiles_, block, [&](int64_t begin, int64_t end) {
-      const int64_t plane = plane_of(block, pitch_), sums_plane = plane_of(block, kPanel);
-      Buffer<T> input(kElements * plane), sums(kElements * sums_plane);
-      transform_input(begin, end, 0, p.C, input.data(), plane);
+      const int64_t slot = scratch.take();
+      T* const input = scratch.of(slot);
+      T* const sums = input + kElements * plane;
+      transform_input(begin, end, 0, p.C, input, plane);
       for (int64_t k = 0; k < p.K; k += kPanel)
-        multiply(input.data(), plane, begin, end, k, min_of<int64_t>(kPanel, p.K - k), sums.data(), sums_plane);
+        multiply(input, plane, begin, end, k, min_of<int64_t>(kPanel, p.K - k), sums, sums_plane);
+      scratch.give_back(slot);
     });
   }
 
@@ -178,15 +203,17 @@ class Convolution {
       while (panels * parts < 2 * threads && ceil_div(count, parts + 1) >= kLeastTiles) ++parts;
       while (ceil_div(p.K, width) * parts < threads && width > kLanes<T>) width /= 2;
       const int64_t rows = ceil_div(count, parts);
+      const int64_t sums_plane = plane_of(rows, width);
+      Scratch<T> scratch(threads, kElements * sums_plane);
       parallel_for(ceil_div(p.K, width) * parts, 1, [&](int64_t begin, int64_t end) {
-        const int64_t sums_plane = plane_of(rows, width);
-        Buffer<T> sums(kElements * sums_plane);
+        const int64_t slot = scratch.take();
         for (int64_t job = begin; job < end; ++job) {
           const int64_t from = job % parts * rows, k = job / parts * width;
           if (from < count)
             multiply(input.data() + from * pitch_, plane, first + from, first + min_of(from + rows, count), k,
-                     min_of(width, p.K - k), sums.data(), sums_plane);
+                     min_of(width, p.K - k), scratch.of(slot), sums_plane);
         }
+        scratch.give_back(slot);
       });
     }
   }
@@ -271,7 +298,7 @@ class Convolution {
     const int64_t width = ceil_div<int64_t>(outputs, kLanes<T>) * kLanes<T>;
     for (int64_t e = 0; e < kElements; ++e)
       product(input + e * plane, pitch_, end - begin, panel + e * p.C * kPanel, p.C, width, sums + e * sums_plane,
-              width);
+              width, input + (e + 1) * plane);
     for (int64_t tile = begin; tile < end; ++tile) {
       const Tile at = tile_at(tile);
       const int64_t rows = min_of<int64_t>(kOut, p.OH - at.row * kOut);

@@ -269,6 +269,13 @@ CONV2D_MAX_POOL2D = OpCases(
 )
 
 
+def _row_peer(input: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    if options.get("padding_mode", "zeros") != "zeros":
+        return reference.conv1d(input, weight, bias, **options)
+    activation = options.pop("activation", None)
+    return _activation.apply(_activation.number_of("conv1d", activation), F.conv1d(input, weight, bias, **options))
+
+
 def _tiny_row(generator: torch.Generator) -> Inputs:
     return {"input": _normal(generator, 1, 3, 8), "weight": _normal(generator, 4, 3, 3), "padding": 1}
 
@@ -290,7 +297,7 @@ CONV1D = OpCases(
     name="conv1d",
     op=conv1d,
     reference=reference.conv1d,
-    peer=reference.conv1d,
+    peer=_row_peer,
     peer_package="torch",
     peer_is_native=True,
     operators=("conv2d",),

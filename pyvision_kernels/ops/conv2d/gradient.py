@@ -38,8 +38,8 @@ def _unpad(grad: Tensor, input: Tensor, sides: list[int], mode: int) -> Tensor:
     return grad.new_zeros((*grad.shape[:3], width)).index_add(3, columns, grad)
 
 
-def _per_channel(value: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if value is None else value.to(like.dtype).view(-1, 1, 1)
+def _per_channel(value: Tensor, like: Tensor) -> Tensor:
+    return value.to(like.dtype).view(-1, 1, 1)
 
 
 def backward(
@@ -66,7 +66,7 @@ def backward(
     assert input is not None
     assert weight is not None
     stride, sides, dilation, groups, mode = numbers[0:2], numbers[2:6], numbers[6:8], numbers[8], numbers[9]
-    convolved = before = None  # the convolution with its bias; what the activation is applied to
+    convolved = before = grad  # the convolution with its bias; what the activation is applied to
     if needs[3] or pool or _activation.needs_input(activation):
         convolved = before = convolve(input, weight, bias)
         if scale is not None:
@@ -82,7 +82,8 @@ def backward(
         # Windows do not overlap, so no place is written twice.
         grad = spread.scatter(2, chosen.flatten(2), grad.flatten(2)).view(result.shape)
     if activation:
-        grad = _activation.backward(activation, grad, before if _activation.needs_input(activation) else result)
+        at = before if result is None or _activation.needs_input(activation) else result
+        grad = _activation.backward(activation, grad, at)
     grads: list[Tensor | None] = [None] * 6
     grads[5] = grad if needs[5] else None
     if needs[4] and shift is not None:

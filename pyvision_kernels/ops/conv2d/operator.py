@@ -155,8 +155,11 @@ def decide(input: Tensor, weight: Tensor, geometry: Geometry) -> int:
     require(input.dim() == 4, "conv2d", "input to have 4 dimensions [N, C, H, W]", input.shape)
     mode, strict = CHOICE.key
     rows, columns = geometry.output_size(input.shape[2:], weight.shape[2:])
+    images, channels, height, width = input.shape
+    outputs, _, *taps = weight.shape
     problem = algorithm.Problem(
-        *(*input.shape, weight.shape[0], *weight.shape[2:], rows, columns),
+        *(images, channels, height, width),
+        *(outputs, taps[0], taps[1], rows, columns),
         geometry.stride,
         geometry.dilation,
         geometry.groups,
@@ -183,7 +186,6 @@ def run(
     weight: Tensor,
     bias: Tensor | None,
     geometry: Geometry,
-    *,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
