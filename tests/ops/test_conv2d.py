@@ -419,3 +419,57 @@ def test_few_channels_of_none(device):
     x, w = torch.randn(2, 0, 5, 6, device=device), torch.randn(3, 0, 3, 3, device=device)
     out = _by(algorithm.FEW_CHANNELS, x, w, torch.arange(3.0, device=device), Geometry.of(1, 1, 1, 1, "zeros", (3, 3)))
     assert torch.equal(out, torch.arange(3.0, device=device).view(1, 3, 1, 1).expand(2, 3, 5, 6))
+
+
+WINOGRADS = (algorithm.WINOGRAD2, algorithm.WINOGRAD4)
+
+
+@pytest.mark.parametrize("kernel", WINOGRADS)
+@pytest.mark.parametrize(
+    ("size", "outputs", "padding"),
+    [
+        ((1, 1, 1, 1), 1, 1),
+        ((1, 17, 3, 3), 130, 0),  # one pixel out; more than two panels of outputs, the last of two
+        ((2, 5, 7, 9), 3, 2),
+        ((1, 40, 5, 4), 33, (1, 2, 0, 5)),  # left, right, top, bottom
+        ((2, 8, 4, 60), 24, 4),  # tiles that read nothing but padding
+        ((1, 150, 10, 11), 80, 1),  # two chunks of channels
+    ],
+)
+def test_winograd_of_any_size(kernel, size, outputs, padding):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(size, generator=generator)
+    w = torch.randn(outputs, size[1], 3, 3, generator=generator) / (9 * size[1]) ** 0.5
+    b = torch.randn(outputs, generator=generator)
+    geometry = Geometry.of(1, padding, 1, 1, "zeros", (3, 3))
+    exact = _expected(x.double(), w.double(), b.double(), geometry)
+    ours = _by(kernel, x, w, b, geometry, channels_last=True)
+    assert (ours - exact).norm() <= 2e-6 * exact.norm()
+    if min(exact.shape[-2:]) > 1:
+        pooled = F.max_pool2d(exact, 2)  # odd sizes lose their last row or column
+        assert (_by(kernel, x, w, b, geometry, pool=True) - pooled).norm() <= 2e-6 * pooled.norm()
+
+
+@pytest.mark.parametrize("kernel", WINOGRADS)
+@pytest.mark.parametrize(("channels", "side"), [(32, 46), (136, 30)])  # threads by blocks of tiles; all by each block
+def test_winograd_is_the_same_for_every_division_of_the_work(kernel, channels, side):
+    generator = torch.Generator().manual_seed(2)
+    last = torch.channels_last
+    x = torch.randn(2, channels, side, side, generator=generator).contiguous(memory_format=last)
+    w = torch.randn(72, channels, 3, 3, generator=generator) / (9 * channels) ** 0.5
+    b = torch.randn(72, generator=generator)
+    residual = torch.randn(2, 72, side, side, generator=generator)
+    geometry = Geometry.of(1, 1, 1, 1, "zeros", (3, 3))
+    exact = (_expected(x.double(), w.double(), b.double(), geometry) + residual).relu()
+    relu = list(FUNCTIONS).index("relu") + 1
+    threads = torch.get_num_threads()
+    runs = []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            for added in (residual, residual.contiguous(memory_format=last)):
+                runs.append(_by(kernel, x, w, b, geometry, channels_last=True, activation=relu, residual=added))
+    finally:
+        torch.set_num_threads(threads)
+    assert (runs[0] - exact).norm() <= 2e-6 * exact.norm()
+    assert all(torch.equal(runs[0], other) for other in runs)
