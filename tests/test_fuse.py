@@ -21,6 +21,15 @@ import pyvision_kernels as pvk
 torchvision = pytest.importorskip("torchvision")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """The maps here are too small for more, and where a machine is busy, threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def _randomized(model, dtype=torch.float64):
     """In eval mode, with running statistics and affine parameters as after training."""
     model = model.eval().to(dtype)
@@ -148,7 +157,7 @@ def test_fused_models_compute_the_same(name):
         _assert_close(_forward(model, picture), expected)
     calls = _operators(model, picture)
     assert "pvk::conv2d" in calls
-    assert calls.count("aten::convolution") == sum(isinstance(part, nn.ConvTranspose2d) for part in model.modules())
+    assert not {"aten::convolution", "aten::conv2d"} & set(calls)
     assert norms or not {"aten::relu_", "aten::relu", "aten::hardswish_", "aten::silu_"} & set(calls)
     assert sum("batch_norm" in call for call in calls) == norms
     # Another layout in, the same values.
