@@ -3,7 +3,8 @@
 The rule: the error of ours against float64 may be at most twice that of the peer's kernel in the same dtype on the
 same input, plus one unit of rounding of the output's dtype at the largest value. Where the peer has no kernel for a
 dtype, it runs in float32 and its result is rounded to that dtype. Integer outputs are equal; so are NaN and infinities.
-Where the peer is not installed, 64 units are allowed; in float64 8, where PyTorch's kernel is itself the reference. Of an op that PyTorch has a kernel for too, our own runs.
+Where the peer is not installed, 64 units are allowed; in float64 8, where PyTorch's kernel is itself the reference. Of
+an op that PyTorch has a kernel for too, our own runs.
 """
 
 from __future__ import annotations

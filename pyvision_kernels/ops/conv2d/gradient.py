@@ -62,7 +62,7 @@ def backward(
         result: Of the forward, where it was not pooled.
         convolve: (input, weight, bias) -> their convolution.
     """
-    input, weight, bias, scale, shift, residual = tensors
+    input, weight, bias, scale, shift, _ = tensors
     assert input is not None
     assert weight is not None
     stride, sides, dilation, groups, mode = numbers[0:2], numbers[2:6], numbers[6:8], numbers[8], numbers[9]
