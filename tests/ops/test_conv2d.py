@@ -467,7 +467,7 @@ def test_winograd_of_any_size(kernel, size, outputs, padding):
 
 
 @pytest.mark.parametrize("kernel", WINOGRADS)
-@pytest.mark.parametrize(("channels", "side"), [(32, 46), (136, 30)])  # threads by blocks of tiles; all by each block
+@pytest.mark.parametrize(("channels", "side"), [(32, 46), (136, 30), (136, 7)])
 def test_winograd_is_the_same_for_every_division_of_the_work(kernel, channels, side):
     generator = torch.Generator().manual_seed(2)
     last = torch.channels_last
@@ -478,13 +478,16 @@ def test_winograd_is_the_same_for_every_division_of_the_work(kernel, channels, s
     geometry = Geometry.of(1, 1, 1, 1, "zeros", (3, 3))
     exact = (_expected(x.double(), w.double(), b.double(), geometry) + residual).relu()
     relu = list(FUNCTIONS).index("relu") + 1
+    packed = pack(w, geometry, kernel)
     threads = torch.get_num_threads()
     runs = []
     try:
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
             for added in (residual, residual.contiguous(memory_format=last)):
-                runs.append(_by(kernel, x, w, b, geometry, channels_last=True, activation=relu, residual=added))
+                for weight in (None, packed):
+                    options = {"channels_last": True, "activation": relu, "residual": added}
+                    runs.append(_by(kernel, x, w, b, geometry, weight, **options))
     finally:
         torch.set_num_threads(threads)
     assert (runs[0] - exact).norm() <= 2e-6 * exact.norm()
