@@ -181,6 +181,22 @@ class _LinearStep(_Step):
         return torch.Size((*input.shape[:-1], self.parameters["weight"].shape[0]))
 
 
+class _NormStep:
+    """A batch norm of 4-dimensional maps by itself: one pass, with the relu written over it."""
+
+    def __init__(self, chain: Chain):
+        self.norm = FoldedNorm(chain.layer)
+        self.relu = chain.activation is not None
+
+    def __call__(self, input: Tensor) -> Tensor:
+        scale, shift = self.norm.get()
+        if input.dim() != 4 or input.dtype != scale.dtype:
+            out = self.norm.norm(input)
+        else:
+            out = torch.addcmul(shift.view(1, -1, 1, 1), input, scale.view(1, -1, 1, 1))
+        return out.relu_() if self.relu else out
+
+
 _STEPS: dict[type, type[Any]] = {ours.Conv2d: _Conv2dStep, ours.Conv1d: _Conv1dStep, ours.Linear: _LinearStep}
 
 
@@ -209,7 +225,7 @@ class Plan:
         self.is_closed = False
         self.reason = ""
         self.opaque: list[str] = []
-        self.steps: list[_Step] = []
+        self.steps: list[_Step | _NormStep] = []
         watched = list(modules.values())
         try:
             graph, _ = trace(root)
@@ -329,7 +345,7 @@ class _Writer:
         self.names: dict[fx.Node, str] = {}
         self.space: dict[str, Any] = {}
         self.lines: list[str] = []
-        self.steps: list[_Step] = []
+        self.steps: list[_Step | _NormStep] = []
         self.arguments = 0
         # Code that asks for the layout of a map gets the layout that it knows.
         self.flows = not any(node.op == "call_method" and node.target in _UNSAFE_METHODS for node in graph.nodes)
@@ -425,7 +441,7 @@ class _Writer:
         return self._call(self._bind(target, "f"), args, kwargs)
 
     def _step(self, node: fx.Node, chain: Chain) -> str:
-        step = _STEPS[type(chain.layer)](chain)
+        step = _STEPS.get(type(chain.layer), _NormStep)(chain)
         self.steps.append(step)
         given = [self.names[chain.input]]
         if chain.residual is not None:
@@ -441,7 +457,8 @@ class _Writer:
     def _output(self, value: Any) -> str:
         if isinstance(value, fx.Node):
             chain = self.chain_at.get(value)
-            if not self.flows or (chain is not None and _leaves(value)) or _holds_outputs(value):
+            emitted = chain is not None and type(chain.layer) is ours.Conv2d
+            if not self.flows or (emitted and _leaves(value)) or _holds_outputs(value):
                 return self.names[value]
             self.space["contiguous"] = _contiguous
             return f"(contiguous({self.names[value]}) if back else {self.names[value]})"
