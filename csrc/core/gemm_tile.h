@@ -31,14 +31,14 @@ template <typename T>
 inline constexpr int kPanelWidth = kTileVectors * kLanes<T>;
 
 // What may follow the sums in registers: min(max(sum * scale + shift + residual, low), high), stored. NaN stays NaN.
-template <typename T>
+template <typename T, typename Out = T>
 struct TileFinish {
   const T* scale;  // [width], as shift
   const T* shift;
   T low, high;
-  T* output;  // [rows][output_pitch]
+  Out* output;  // [rows][output_pitch]
   int64_t output_pitch;
-  const T* residual;  // [rows][residual_pitch], or null
+  const Out* residual;  // [rows][residual_pitch], or null
   int64_t residual_pitch;
   int64_t channels;  // of the panel: all of its registers, the last one at least in part
 };
@@ -69,8 +69,9 @@ struct Tile {
   }
 
   // What finish() will touch: the stores of a tile miss the cache together otherwise.
-  static PVK_INLINE void prefetch(const TileFinish<T>& f, int64_t row) {
-    constexpr int kLine = 64 / int(sizeof(T));
+  template <typename Out>
+  static PVK_INLINE void prefetch(const TileFinish<T, Out>& f, int64_t row) {
+    constexpr int kLine = 64 / int(sizeof(Out));
     for (int i = 0; i < kRows; ++i)
       for (int c = 0; c < kVectors * kLanes<T>; c += kLine) {
         __builtin_prefetch(f.output + (row + i) * f.output_pitch + c, 1);
@@ -78,17 +79,18 @@ struct Tile {
       }
   }
 
-  PVK_INLINE void finish(const TileFinish<T>& f, int64_t row) {
+  template <typename Out>
+  PVK_INLINE void finish(const TileFinish<T, Out>& f, int64_t row) {
     const int64_t last = f.channels - (kVectors - 1) * kLanes<T>;
-    T* const output = f.output + row * f.output_pitch;
+    Out* const output = f.output + row * f.output_pitch;
     if (f.residual != nullptr) {
-      const T* const residual = f.residual + row * f.residual_pitch;
+      const Out* const residual = f.residual + row * f.residual_pitch;
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         const Vec<T> scale = PVK_ISA::load(f.scale + v * kLanes<T>), shift = PVK_ISA::load(f.shift + v * kLanes<T>);
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
-          const T* const from = residual + i * f.residual_pitch + v * kLanes<T>;
+          const Out* const from = residual + i * f.residual_pitch + v * kLanes<T>;
           sum[i][v] = fma(sum[i][v], scale, shift) +
                       (v == kVectors - 1 && last < kLanes<T> ? load_first(from, last) : PVK_ISA::load(from));
         }
@@ -108,7 +110,7 @@ struct Tile {
       for (int v = 0; v < kVectors; ++v) {
         Vec<T> value = sum[i][v] < low ? low : sum[i][v];
         value = value > high ? high : value;
-        T* const to = output + i * f.output_pitch + v * kLanes<T>;
+        Out* const to = output + i * f.output_pitch + v * kLanes<T>;
         if (v == kVectors - 1 && last < kLanes<T>) {
           store_first(to, value, last);
         } else {
@@ -167,22 +169,31 @@ PVK_INLINE void with_vectors(int vectors, const Body& body) {
   with_rows<kMax>(vectors, body);
 }
 
-// A block of rows times a panel: what gemm_block reads and writes.
-template <typename T>
+// A block of rows times a panel: what gemm_block reads and writes. Input and output may be of a narrower type than the
+// sums (core/gemm_bfloat16.h).
+template <typename T, typename In = T, typename Out = T>
 struct GemmBlock {
-  const T* const* rows;  // [taps][row_pitch] pointers, of which the first `count` are used
+  const In* const* rows;  // [taps][row_pitch] pointers, of which the first `count` are used
   int64_t row_pitch;
   int64_t count;  // rows of the result
   int64_t taps;   // segments of k, each `depth` long
   int64_t depth;
-  const T* panel;  // [taps][depth][width]; tap_pitch elements from one tap to the next
+  const In* panel;  // [taps][depth][width]; tap_pitch elements from one tap to the next
   int64_t tap_pitch;
   T* sums;  // [count][pitch]
   int64_t pitch;
-  bool accumulate;                        // add to what sums holds, after the products are summed
-  const TileFinish<T>* finish = nullptr;  // applied to what sums would hold, instead of storing that
-  int64_t first = 0;                      // added to every pointer: a group's first channel, or a chunk's
+  bool accumulate;                             // add to what sums holds, after the products are summed
+  const TileFinish<T, Out>* finish = nullptr;  // applied to what sums would hold, instead of storing that
+  int64_t first = 0;                           // added to every pointer: a group's first channel, or a chunk's
+  const In* zeros = nullptr;                   // taps that point all rows of a tile here are left out: they add zero
 };
+
+template <int kRows, typename In>
+PVK_INLINE bool all_are(const In* const* rows, const In* row) {
+  bool all = true;
+  for (int i = 0; i < kRows; ++i) all &= rows[i] == row;
+  return all;
+}
 
 // The last tile of a block is not left with a single row: rows are dealt out evenly.
 template <typename T, int kVectors>
@@ -197,8 +208,11 @@ void gemm_block_of(const GemmBlock<T>& b) {
       T* const target = b.sums + row * b.pitch;
       if (b.finish != nullptr) sums.prefetch(*b.finish, row);
       sums.clear();
-      for (int64_t tap = 0; tap < b.taps; ++tap)
-        sums.multiply(b.rows + tap * b.row_pitch + row, b.panel + tap * b.tap_pitch, b.depth, b.first);
+      for (int64_t tap = 0; tap < b.taps; ++tap) {
+        const T* const* const tap_rows = b.rows + tap * b.row_pitch + row;
+        if (b.zeros != nullptr && all_are<decltype(rows)::value>(tap_rows, b.zeros)) continue;
+        sums.multiply(tap_rows, b.panel + tap * b.tap_pitch, b.depth, b.first);
+      }
       if (b.accumulate) sums.add(target, b.pitch);
       if (b.finish != nullptr) return sums.finish(*b.finish, row);
       sums.store(target, b.pitch);

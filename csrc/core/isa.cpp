@@ -23,10 +23,24 @@ CpuCapability best() {
 
 std::atomic<int> current{static_cast<int>(best())};
 
+bool best_has_bfloat16_dot() {
+#if defined(__x86_64__)
+  return best() == CpuCapability::kAvx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+std::atomic<bool> bfloat16_dot{best_has_bfloat16_dot()};
+
 }  // namespace
 
 CpuCapability cpu_capability() {
   return static_cast<CpuCapability>(current.load(std::memory_order_relaxed));
+}
+
+bool cpu_has_bfloat16_dot() {
+  return cpu_capability() == CpuCapability::kAvx512 && bfloat16_dot.load(std::memory_order_relaxed);
 }
 
 }  // namespace pvk
@@ -50,4 +64,11 @@ extern "C" __attribute__((visibility("default"))) int pvk_set_cpu_capability(con
     return 0;
   }
   return 1;
+}
+
+// Returns 0, or 2 where this CPU lacks them.
+extern "C" __attribute__((visibility("default"))) int pvk_set_cpu_bfloat16_dot(int on) {
+  if (on && !pvk::best_has_bfloat16_dot()) return 2;
+  pvk::bfloat16_dot.store(on != 0, std::memory_order_relaxed);
+  return 0;
 }

@@ -13,6 +13,10 @@ enum class CpuCapability { kBaseline, kAvx2, kAvx512 };
 // The capability in force: PVK_CPU_CAPABILITY (baseline, avx2, avx512), else the best that this CPU has.
 CpuCapability cpu_capability();
 
+// Whether it also has the bfloat16 dot products of AVX512-BF16, and pvk_set_cpu_bfloat16_dot() has not turned them off.
+// Weights that were packed before are of the other layout.
+bool cpu_has_bfloat16_dot();
+
 }  // namespace pvk
 
 #if defined(PVK_ISA_BASELINE) && defined(__x86_64__)

@@ -20,11 +20,11 @@ namespace {
 
 using namespace pvk::PVK_ISA;
 
-constexpr int kStripTiles = 7;                // tiles of a row whose shared columns are transformed once
-constexpr int64_t kBlockBytes = 512 << 10;    // of V, where a thread keeps it to itself
-constexpr int64_t kSharedBytes = 8 << 20;     // of V, where threads share it
-constexpr int64_t kLeastTiles = 24;           // below, fetching the weights takes longer than multiplying
-constexpr int64_t kMostTiles = 56;            // above, M leaves the core's cache
+constexpr int kStripTiles = 7;              // tiles of a row whose shared columns are transformed once
+constexpr int64_t kBlockBytes = 512 << 10;  // of V, where a thread keeps it to itself
+constexpr int64_t kSharedBytes = 8 << 20;   // of V, where threads share it
+constexpr int64_t kLeastTiles = 24;         // below, fetching the weights takes longer than multiplying
+constexpr int64_t kMostTiles = 56;          // above, M leaves the core's cache
 constexpr int64_t kPackChannels = 16;
 
 // Panels of kPanel outputs: [ceil(K / kPanel)][elements of a tile][C][kPanel].

@@ -232,8 +232,6 @@ CONV2D = OpCases(
         case("replicate", (1, 6, 5, 4), 7, 3, padding=(5, 1, 0, 6), padding_mode="replicate"),
         case("one_pixel", (1, 4, 1, 1), 5, 3, padding=1),
         case("no_images", (0, 4, 6, 7), 5, 3, padding=1),
-        case("no_outputs", (2, 4, 6, 7), 0, 3, padding=1),
-        case("no_inputs", (2, 0, 6, 7), 3, 3, padding=1, dtypes=(torch.float32, torch.float64)),
         *bench_cases.conv2d(case),
     ),
     errors=_errors("conv2d"),
