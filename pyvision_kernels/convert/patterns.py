@@ -51,7 +51,10 @@ _NORM, _ADD, _ACTIVATION, _POOL = range(1, 5)
 
 @dataclass
 class Chain:
-    """A layer and what is computed from its result alone, up to the last of `nodes`."""
+    """A layer and what is computed from its result alone, up to the last of `nodes`.
+
+    The layer may be a batch norm, by itself or with a relu.
+    """
 
     layer: Any
     name: str
@@ -115,7 +118,26 @@ def find_chains(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[Chain]:
         chain = ends[-1][1]
         taken.update(chain.nodes)
         chains.append(chain)
-    return chains[::-1]
+    chains += [norm for node in graph.nodes if node not in taken and (norm := _norm(node, modules, memory, taken))]
+    return chains
+
+
+def _norm(node: fx.Node, modules: dict[str, nn.Module], memory: _Memory, taken: set[fx.Node]) -> Chain | None:
+    """A batch norm that follows no convolution, with the relu after it."""
+    module = modules[str(node.target)] if node.op == "call_module" else None
+    if module is None or not is_foldable(module, ours.Conv2d) or not _may_go(module):
+        return None
+    if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+        return None
+    chain = Chain(module, str(node.target), [node], None)
+    if len(node.users) == 1:
+        user = next(iter(node.users))
+        after = modules[str(user.target)] if user.op == "call_module" else None
+        if user not in taken and (after is None or _may_go(after)) and _activation_of(user, after, node) == "relu":
+            grown = Chain(module, chain.name, [node, user], "relu", absorbed=[_label(user, after, chain.name)])
+            if memory.may_move(grown):
+                return grown
+    return chain
 
 
 def _copy(chain: Chain) -> Chain:
@@ -163,8 +185,7 @@ def _step(
     module = modules[user.target] if user.op == "call_module" else None  # type: ignore[index]
     if module is not None and not _may_go(module):
         return None
-    label = _relative(str(user.target), chain.name) if module is not None else getattr(user.target, "__name__", "")
-    label = label or str(user.target)
+    label = _label(user, module, chain.name)
     if module is not None and is_foldable(module, type(chain.layer)) and len(user.args) == 1 and not user.kwargs:
         if chain.residual is not None or chain.activation is not None:
             return None
@@ -193,10 +214,11 @@ def _step(
     return None
 
 
-def _relative(name: str, beside: str) -> str:
-    """A name without what it shares with another: bn1 for layer1.0.bn1 beside layer1.0.conv1."""
-    parent = beside.rpartition(".")[0] + "."
-    return name.removeprefix(parent)
+def _label(node: fx.Node, module: nn.Module | None, beside: str) -> str:
+    """The name of a function, or of a module without what it shares with another: bn1 beside layer1.0.conv1."""
+    if module is None:
+        return getattr(node.target, "__name__", str(node.target))
+    return str(node.target).removeprefix(beside.rpartition(".")[0] + ".")
 
 
 def is_foldable(module: nn.Module, layer: type) -> bool:
