@@ -185,7 +185,15 @@ struct GemmBlock {
   bool accumulate;                             // add to what sums holds, after the products are summed
   const TileFinish<T, Out>* finish = nullptr;  // applied to what sums would hold, instead of storing that
   int64_t first = 0;                           // added to every pointer: a group's first channel, or a chunk's
+  const In* zeros = nullptr;                   // taps that point all rows of a tile here are left out: they add zero
 };
+
+template <int kRows, typename In>
+PVK_INLINE bool all_are(const In* const* rows, const In* row) {
+  bool all = true;
+  for (int i = 0; i < kRows; ++i) all &= rows[i] == row;
+  return all;
+}
 
 // The last tile of a block is not left with a single row: rows are dealt out evenly.
 template <typename T, int kVectors>
@@ -200,8 +208,11 @@ void gemm_block_of(const GemmBlock<T>& b) {
       T* const target = b.sums + row * b.pitch;
       if (b.finish != nullptr) sums.prefetch(*b.finish, row);
       sums.clear();
-      for (int64_t tap = 0; tap < b.taps; ++tap)
-        sums.multiply(b.rows + tap * b.row_pitch + row, b.panel + tap * b.tap_pitch, b.depth, b.first);
+      for (int64_t tap = 0; tap < b.taps; ++tap) {
+        const T* const* const tap_rows = b.rows + tap * b.row_pitch + row;
+        if (b.zeros != nullptr && all_are<decltype(rows)::value>(tap_rows, b.zeros)) continue;
+        sums.multiply(tap_rows, b.panel + tap * b.tap_pitch, b.depth, b.first);
+      }
       if (b.accumulate) sums.add(target, b.pitch);
       if (b.finish != nullptr) return sums.finish(*b.finish, row);
       sums.store(target, b.pitch);

@@ -18,7 +18,8 @@ namespace {
 constexpr int kColumns = 8;
 constexpr int64_t kBlockBytes = 20 << 10;    // of the input rows that a column of tiles keeps in the first-level cache
 constexpr int64_t kTurnedBytes = 256 << 10;  // of the input that a task turns into scratch
-constexpr int64_t kSmallWork = 1 << 18;      // multiply-adds
+constexpr int64_t kBandOutputs = 64 << 10;
+constexpr int64_t kSmallWork = 1 << 18;  // multiply-adds
 
 // kColumns outputs of a row, at a block of channels.
 template <typename T>
@@ -275,12 +276,14 @@ int64_t tasks_together(const Conv2dParams& p, int64_t tasks) {
   return p.N * p.K * p.OH * p.OW * p.R * p.S < kSmallWork ? tasks : 1;
 }
 
-// An even number of rows to a band, so that there are several tasks to a thread.
+// An even number of rows to a band: several tasks to a thread, and outputs that are written about in order, which pages
+// that are new like.
 int64_t band_of(const Conv2dParams& p, int64_t blocks) {
   const int64_t OH = whole_rows(p), threads = thread_count();
-  if (threads == 1) return max_of(OH, int64_t(1));
   const int64_t wanted = ceil_div(threads * 6, max_of(int64_t(1), p.N * blocks));
-  return max_of(int64_t(4), ceil_div(ceil_div(OH, wanted), int64_t(2)) * 2);
+  const int64_t fair = threads == 1 ? OH : ceil_div(OH, wanted);
+  const int64_t longest = kBandOutputs / max_of(p.OW * p.K, int64_t(1));
+  return max_of(int64_t(4), ceil_div(min_of(fair, longest), int64_t(2)) * 2);
 }
 
 template <typename scalar_t>

@@ -94,29 +94,38 @@ inline void product_columns(const T* left, int64_t left_pitch, int64_t rows, con
   }
 }
 
-// sums[row][column] = sum over k of left[row][k] * right[k][column]; columns are computed in whole registers.
-// next_left: where V of the next product begins.
+// sums[row][column] (+)= sum over k of left[row][k] * right[k][column], for at most kDepthChunk channels; columns are
+// computed in whole registers. next_left: where the left of the next product begins.
+template <typename T>
+inline void product_chunk(const T* left, int64_t left_pitch, int64_t rows, const T* right, int64_t depth,
+                          int64_t columns, T* sums, int64_t sums_pitch, bool add, const T* next_left) {
+  for (int64_t column = 0; column < columns; column += kProductVectors * kLanes<T>) {
+    const T* const panel = right + column;
+    T* const target = sums + column;
+    const int64_t vectors = ceil_div<int64_t>(columns - column, kLanes<T>);
+    if (vectors >= 4 && kProductVectors == 4) {
+      product_columns<T, kProductVectors>(left, left_pitch, rows, panel, depth, target, sums_pitch, add, next_left);
+    } else if (vectors == 3 && kProductVectors == 4) {
+      product_columns<T, 3>(left, left_pitch, rows, panel, depth, target, sums_pitch, add, next_left);
+    } else if (vectors >= 2) {
+      product_columns<T, 2>(left, left_pitch, rows, panel, depth, target, sums_pitch, add, next_left);
+    } else {
+      product_columns<T, 1>(left, left_pitch, rows, panel, depth, target, sums_pitch, add, next_left);
+    }
+  }
+}
+
+// The same for any number of channels, none included, and without (+).
 template <typename T>
 inline void product(const T* left, int64_t left_pitch, int64_t rows, const T* right, int64_t depth, int64_t columns,
                     T* sums, int64_t sums_pitch, const T* next_left) {
-  for (int64_t k = 0; k == 0 || k < depth; k += kDepthChunk) {  // depth 0 gives zeros
+  int64_t k = 0;
+  do {
     const int64_t chunk = min_of(kDepthChunk, depth - k);
-    const T* const next = k + chunk < depth ? left + k + chunk : next_left;
-    for (int64_t column = 0; column < columns; column += kProductVectors * kLanes<T>) {
-      const T* const panel = right + k * kPanel + column;
-      T* const target = sums + column;
-      const int64_t vectors = ceil_div<int64_t>(columns - column, kLanes<T>);
-      if (vectors >= 4 && kProductVectors == 4) {
-        product_columns<T, kProductVectors>(left + k, left_pitch, rows, panel, chunk, target, sums_pitch, k > 0, next);
-      } else if (vectors == 3 && kProductVectors == 4) {
-        product_columns<T, 3>(left + k, left_pitch, rows, panel, chunk, target, sums_pitch, k > 0, next);
-      } else if (vectors >= 2) {
-        product_columns<T, 2>(left + k, left_pitch, rows, panel, chunk, target, sums_pitch, k > 0, next);
-      } else {
-        product_columns<T, 1>(left + k, left_pitch, rows, panel, chunk, target, sums_pitch, k > 0, next);
-      }
-    }
-  }
+    product_chunk(left + k, left_pitch, rows, right + k * kPanel, chunk, columns, sums, sums_pitch, k > 0,
+                  k + chunk < depth ? left + k + chunk : next_left);
+    k += chunk;
+  } while (k < depth);
 }
 
 }  // namespace pvk::conv2d::PVK_ISA
