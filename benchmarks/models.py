@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -126,11 +125,11 @@ def timed_against(ours: pair.Call, peer: pair.Call, seconds: float) -> pair.Timi
     count = max(1, math.ceil(LEAST / (time.perf_counter() - start)))
     clock = pair.Clock(time.perf_counter, lambda: time.sleep(PAUSE))
     timing = pair.interleave(pair.repeated(ours, count), pair.repeated(peer, count), clock, seconds)
-    per_call = [
+    ours_seconds, peer_seconds = (
         pair.Spread(spread.median / count, spread.q1 / count, spread.q3 / count)
         for spread in (timing.ours, timing.peer)
-    ]
-    return pair.Timing(*per_call, timing.ratio, timing.rounds)
+    )
+    return pair.Timing(ours_seconds, peer_seconds, timing.ratio, timing.rounds)
 
 
 @torch.no_grad()
@@ -152,7 +151,9 @@ def run(model: Model, seconds: float, only: tuple[str, ...] | None = None) -> Ou
     error = _error(ours(), exact)
     allowed = 2 * _error(eager, exact) + BESIDE[model.dtype]
     assert error <= allowed, f"expected an error of at most {allowed:.1e}, but got {error:.1e}"
-    timings, errors, left_out = {}, {}, {}
+    timings: dict[str, pair.Timing] = {}
+    errors: dict[str, float] = {}
+    left_out: dict[str, str] = {}
     with peers.nothing_kept():
         for name, make in peers.PEERS[model.dtype].items():
             if only is not None and name not in only:

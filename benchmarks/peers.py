@@ -100,7 +100,7 @@ def exported(model: nn.Module, input: Tensor) -> bytes:
     _package("onnx")
     if _LAST and _LAST[0] is model and _LAST[1] == input.shape:
         return _LAST[2]
-    file = io.BytesIO()
+    file: Any = io.BytesIO()  # which the exporter takes, whatever its type says
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(model, (input,), file, dynamo=False, input_names=["input"], output_names=["output"])

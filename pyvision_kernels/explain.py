@@ -15,6 +15,8 @@ from pyvision_kernels.ops.conv2d import algorithm
 # PyTorch's operators in whose place ours may run.
 _TORCH = {
     "aten::convolution": "conv2d",
+    "aten::conv1d": "conv1d",
+    "aten::conv2d": "conv2d",
     "aten::mkldnn_convolution": "conv2d",
     "aten::addmm": "linear",
     "aten::mm": "linear",

@@ -21,6 +21,15 @@ import pyvision_kernels as pvk
 torchvision = pytest.importorskip("torchvision")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """The maps here are too small for more, and where a machine is busy, threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def _randomized(model, dtype=torch.float64):
     """In eval mode, with running statistics and affine parameters as after training."""
     model = model.eval().to(dtype)
@@ -113,21 +122,21 @@ def _faster_rcnn_backbone():
 
 
 _stock = torchvision.models
-# A model, the side of its picture, and how many batch norms stay calls (they precede a convolution, not follow one).
+# A model and the side of its picture.
 MODELS = {
-    "resnet18": (lambda: _stock.resnet18(num_classes=10), 32, 0),
-    "resnet50": (lambda: _stock.resnet50(num_classes=10), 32, 0),
-    "mobilenet_v3_small": (lambda: _stock.mobilenet_v3_small(num_classes=10), 32, 0),
-    "densenet121": (lambda: _stock.densenet121(num_classes=10), 32, 62),
-    "efficientnet_b0": (lambda: _stock.efficientnet_b0(num_classes=10), 32, 0),
-    "vgg16_bn": (_vgg16_bn, 32, 0),
-    "googlenet": (lambda: _stock.googlenet(num_classes=10, init_weights=False), 48, 0),
-    "inception_v3": (lambda: _stock.inception_v3(num_classes=10, init_weights=False), 80, 0),
-    "squeezenet": (lambda: _stock.squeezenet1_1(num_classes=10), 48, 0),
-    "shufflenet": (lambda: _stock.shufflenet_v2_x0_5(num_classes=10), 32, 0),
-    "unet": (_UNet, 24, 0),
-    "faster_rcnn_backbone": (_faster_rcnn_backbone, 32, 0),
-    "deeplab": (lambda: _deeplab(), 33, 0),
+    "resnet18": (lambda: _stock.resnet18(num_classes=10), 32),
+    "resnet50": (lambda: _stock.resnet50(num_classes=10), 32),
+    "mobilenet_v3_small": (lambda: _stock.mobilenet_v3_small(num_classes=10), 32),
+    "densenet121": (lambda: _stock.densenet121(num_classes=10), 32),
+    "efficientnet_b0": (lambda: _stock.efficientnet_b0(num_classes=10), 32),
+    "vgg16_bn": (_vgg16_bn, 32),
+    "googlenet": (lambda: _stock.googlenet(num_classes=10, init_weights=False), 48),
+    "inception_v3": (lambda: _stock.inception_v3(num_classes=10, init_weights=False), 80),
+    "squeezenet": (lambda: _stock.squeezenet1_1(num_classes=10), 48),
+    "shufflenet": (lambda: _stock.shufflenet_v2_x0_5(num_classes=10), 32),
+    "unet": (_UNet, 24),
+    "faster_rcnn_backbone": (_faster_rcnn_backbone, 32),
+    "deeplab": (lambda: _deeplab(), 33),
 }
 
 
@@ -138,7 +147,7 @@ def _deeplab():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_fused_models_compute_the_same(name):
-    make, side, norms = MODELS[name]
+    make, side = MODELS[name]
     model, picture = _randomized(make()), torch.randn(2, 3, side, side, dtype=torch.float64)
     expected = _forward(model, picture)
     before = dict(model.state_dict(keep_vars=True))
@@ -148,9 +157,9 @@ def test_fused_models_compute_the_same(name):
         _assert_close(_forward(model, picture), expected)
     calls = _operators(model, picture)
     assert "pvk::conv2d" in calls
-    assert calls.count("aten::convolution") == sum(isinstance(part, nn.ConvTranspose2d) for part in model.modules())
-    assert norms or not {"aten::relu_", "aten::relu", "aten::hardswish_", "aten::silu_"} & set(calls)
-    assert sum("batch_norm" in call for call in calls) == norms
+    assert not {"aten::convolution", "aten::conv2d"} & set(calls)
+    assert name == "densenet121" or not {"aten::relu_", "aten::relu", "aten::hardswish_", "aten::silu_"} & set(calls)
+    assert sum("batch_norm" in call for call in calls) == 0
     # Another layout in, the same values.
     ours = _forward(model, picture.to(memory_format=torch.channels_last))
     _assert_close(*(_contiguous(value) for value in (ours, expected)))
@@ -160,6 +169,21 @@ def test_fused_models_compute_the_same(name):
     assert isinstance(model, stock_class)
     assert type(pvk.revert(model)) is stock_class
     _assert_close(_forward(model, picture), expected, 0.0)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "mobilenetv2_050", "regnetx_002"])
+def test_norms_of_timm_that_activate_are_folded(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of timm about itself
+        timm = pytest.importorskip("timm")
+        model = _randomized(timm.create_model(name, num_classes=4))
+    picture = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected = _forward(model, picture)
+    pvk.convert(model, fuse=True)
+    _assert_close(_forward(model, picture), expected)
+    assert _norms(model, picture) == 0
+    model.bn1.act.register_forward_hook(lambda module, args, output: output * 0) if hasattr(model, "bn1") else None
+    _assert_close(_forward(model, picture), _forward(pvk.revert(copy.deepcopy(model)), picture))
 
 
 def _contiguous(value):
@@ -227,13 +251,13 @@ def _norms(model, *inputs):
     return sum("batch_norm" in call for call in _operators(model, *inputs))
 
 
-def _check(model, picture, norms=0):
+def _check(model, picture):
     """The fused model against a stock copy of it as it is now."""
     stock = pvk.revert(copy.deepcopy(model))
     expected = _forward(stock, picture)
     for _ in range(2):
         _assert_close(_forward(model, picture), expected)
-    assert _norms(model, picture) == norms
+    assert _norms(model, picture) == 0
 
 
 def test_train_mode_runs_the_stock_forward_and_eval_fuses_again():
@@ -359,8 +383,7 @@ def test_no_change_of_a_fused_model_is_missed(write):
     with torch.no_grad():
         model(picture)
         write(model)
-    norms = {"other_layer": 1, "pruned": 1, "weight_normed": 1}.get(write.__name__, 0)  # their layer is none of ours
-    _check(model, picture, norms)
+    _check(model, picture)
 
 
 def test_hooks_are_called_and_see_what_they_did():
@@ -497,6 +520,11 @@ def _in_place(value, other):
 
 FUNCTIONS = {
     "add": lambda m, x: m.a(x) + x,
+    "norm_alone": lambda m, x: m.norm(x) + 1,
+    "norm_and_relu": lambda m, x: (lambda y: m.a(F.relu(m.norm(y), inplace=True)) + y)(x.exp()),
+    "norm_and_other": lambda m, x: m.a(F.silu(m.norm(x))),
+    "norm_and_two": lambda m, x: (lambda y: F.relu(y) + y)(m.norm(x)),
+    "norm_changed_between": lambda m, x: (lambda y: (lambda c: (y.mul_(2), F.relu(c)))(m.norm(y)))(x * 1)[1],
     "add_reversed": lambda m, x: x + m.norm(m.a(x)),
     "add_function": lambda m, x: torch.add(m.a(x), x).sigmoid(),
     "add_with_alpha": lambda m, x: torch.add(m.a(x), x, alpha=2),
@@ -645,6 +673,16 @@ def test_inputs_and_results_of_any_structure():
     assert _operators(model, x, y).count("pvk::conv2d") == 2
 
 
+def test_a_norm_by_itself_in_mixed_precision():
+    model, picture = (
+        _randomized(_Function(FUNCTIONS["norm_and_relu"]), torch.bfloat16),
+        torch.randn(2, 4, 7, 6).bfloat16(),
+    )
+    model.norm.float()
+    expected = _forward(model, picture)
+    _assert_close(_forward(pvk.convert(model, fuse=True), picture).double(), expected.double(), 0.02)
+
+
 def test_layers_in_one_dimension_and_linear_layers():
     model = nn.Sequential(
         *(nn.Conv1d(4, 8, 3, padding=1), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 8, 1), nn.SiLU(), nn.Flatten()),
@@ -731,7 +769,8 @@ def test_what_is_excluded_is_not_fused():
     def fused(**choices):
         pvk.convert(model, fuse=True, **choices)
         _assert_close(_forward(model, picture), expected)
-        return {entry.name: entry.fused for entry in pvk.conversion_report(model) if entry.fused}
+        report = pvk.conversion_report(model)
+        return {entry.name: entry.fused for entry in report if entry.fused and entry.layer == "Conv2d"}
 
     everything = fused()
     assert len(everything) == 20

@@ -21,9 +21,11 @@ PVK_BFLOAT16_DOT void gemm_tile_bfloat16(const GemmBlockBFloat16& b, int64_t fir
   if (b.finish != nullptr) tile.prefetch(*b.finish, first_row);
   tile.clear();
   for (int64_t tap = 0; tap < b.taps; ++tap) {
+    const BFloat16* const* const tap_rows = b.rows + tap * b.row_pitch + first_row;
+    if (b.zeros != nullptr && all_are<kRows>(tap_rows, b.zeros)) continue;
     const BFloat16* row[kRows];
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) row[i] = b.rows[tap * b.row_pitch + first_row + i] + b.first;
+    for (int i = 0; i < kRows; ++i) row[i] = tap_rows[i] + b.first;
     const BFloat16* panel = b.panel + tap * b.tap_pitch;
     int64_t k = 0;
 #pragma GCC unroll 4

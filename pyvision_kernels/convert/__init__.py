@@ -175,6 +175,9 @@ def _entries(model: nn.Module) -> Iterator[LayerReport]:
             yield LayerReport(
                 name, cls.__name__, False, f"a subclass of {ancestors[0]}, which may override what would be replaced"
             )
+        elif name in fused:
+            arrow = f" <- {', '.join(fused[name])}" if fused[name] else ""
+            yield LayerReport(name, cls.__name__, True, f"scale and shift{arrow}", fused=tuple(fused[name]))
         elif not module._modules and name not in absorbed:
             others[cls.__name__] += 1
     for layer, count in others.most_common():

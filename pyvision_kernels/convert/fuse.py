@@ -127,7 +127,11 @@ def _make_fused_class(own: Any) -> Any:
         plan = plan_of(self)
         if plan.function is None or plan.arguments != len(args) or _needs_grad(self, args):
             return own.forward(self, *args)
-        return plan.function(*args, args[0].dim() != 4 or args[0].is_contiguous())
+        back = args[0].dim() != 4 or args[0].is_contiguous()
+        if not plan.is_closed:
+            return plan.function(*args, back)
+        with torch._C._AutoDispatchBelowAutograd():
+            return plan.function(*args, back)
 
     def train(self: Any, mode: bool = True) -> Any:
         _out_of_date(self)

@@ -88,3 +88,9 @@ def is_traced(input: Any) -> bool:
 def keeps_packs(layer: nn.Module, weight: Tensor | None) -> bool:
     """Whether a call may use packed weights: in eval mode, of a parameter that the layer holds."""
     return weight is not None and not layer.training
+
+
+def parameter_of(layer: nn.Module, name: str) -> Any:
+    """``layer.<name>``, in a tenth of the time where it is a parameter of its own."""
+    parameters = layer._parameters
+    return parameters[name] if name in parameters else getattr(layer, name)

@@ -22,8 +22,8 @@ import pyvision_kernels as pvk
 STEPS = 200
 BATCH = 64
 LEARNING_RATE = 3e-3
-# Rounding differences grow with every step. Steps that a small gradient does not make large (Adam's eps), and a loss that
-# stays away from 0 keep them far below what is compared.
+# Differences of rounding grow with every step. An eps that keeps Adam from steps along gradients of nearly 0, and
+# a loss that stays away from 0, keep them far below what is compared.
 EPS = 1e-3
 LABEL_SMOOTHING = 0.1
 TEST_SET = 360

@@ -12,47 +12,87 @@ using namespace pvk::PVK_ISA;
 // As many channels out as in, whole groups in a register, and whole registers.
 template <typename T>
 PVK_INLINE bool shuffles_groups(int64_t channels, int64_t outputs, int64_t groups) {
-  return sizeof(T) == 4 && (channels == 4 || channels == 8) && channels < kLanes<T> && channels == outputs &&
-         channels * groups % kLanes<T> == 0;
+#if defined(__AVX512F__)
+  const bool fits = channels == 4 || channels == 8;
+#elif defined(__AVX2__)
+  const bool fits = channels == 4;
+#else
+  const bool fits = false;
+#endif
+  return sizeof(T) == 4 && fits && channels == outputs && channels * groups % kLanes<T> == 0;
 }
 
-// order[lane]: channel j of the lane's group.
-template <typename T, int kGroup>
-PVK_INLINE Mask<T> lane_order(int j) {
-  Mask<T> order{};
-  for (int lane = 0; lane < kLanes<T>; ++lane) order[lane] = lane / kGroup * kGroup + j;
-  return order;
+#if defined(__AVX2__)
+
+// Channel j of each four lanes, in all four.
+template <int j>
+PVK_INLINE Vec<float> spread(Vec<float> x) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_permute_ps(__mmask16(-1), x, j * 0x55);
+#else
+  return _mm256_permute_ps(x, j * 0x55);
+#endif
+}
+
+// Of each eight lanes, the low four (half = 0) or the high four, twice.
+template <int half>
+PVK_INLINE Vec<float> double_half(Vec<float> x) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_shuffle_f32x4(__mmask16(-1), x, x, half == 0 ? 0xa0 : 0xf5);
+#else
+  return x;
+#endif
+}
+
+template <int j, int kRows>
+PVK_INLINE void multiply_channel(Tile<float, kRows, 1>& tile, const Vec<float> (&value)[kRows], const float* panel) {
+  const Vec<float> weight = load(panel);
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) tile.sum[i][0] = fma(spread<j>(value[i]), weight, tile.sum[i][0]);
+}
+
+template <int kRows>
+PVK_INLINE void multiply_four(Tile<float, kRows, 1>& tile, const Vec<float> (&value)[kRows], const float* panel) {
+  multiply_channel<0>(tile, value, panel);
+  multiply_channel<1>(tile, value, panel + kLanes<float>);
+  multiply_channel<2>(tile, value, panel + 2 * kLanes<float>);
+  multiply_channel<3>(tile, value, panel + 3 * kLanes<float>);
 }
 
 // zeros: taps that point there are left out, of tiles of one row; or null.
-template <int kGroup, typename T, int kRows>
-PVK_INLINE void multiply_groups(Tile<T, kRows, 1>& tile, const GemmBlock<T>& b, int64_t row, const T* zeros) {
+template <int kGroup, int kRows>
+PVK_INLINE void multiply_groups(Tile<float, kRows, 1>& tile, const GemmBlock<float>& b, int64_t row,
+                                const float* zeros) {
   for (int64_t tap = 0; tap < b.taps; ++tap) {
-    const T* const* const rows = b.rows + tap * b.row_pitch + row;
+    const float* const* const rows = b.rows + tap * b.row_pitch + row;
     if (kRows == 1 && zeros != nullptr && rows[0] == zeros) continue;
-    Vec<T> value[kRows];
+    const float* const panel = b.panel + tap * kGroup * kLanes<float>;
+    Vec<float> value[kRows];
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) value[i] = load(rows[i] + b.first);
-#pragma GCC unroll 8
-    for (int j = 0; j < kGroup; ++j) {
-      const Vec<T> weight = load(b.panel + (tap * kGroup + j) * kLanes<T>);
-      const Mask<T> order = lane_order<T, kGroup>(j);
+    if constexpr (kGroup == 4) {
+      multiply_four(tile, value, panel);
+    } else {
+      Vec<float> half[kRows];
 #pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i) tile.sum[i][0] = fma(__builtin_shuffle(value[i], order), weight, tile.sum[i][0]);
+      for (int i = 0; i < kRows; ++i) half[i] = double_half<0>(value[i]);
+      multiply_four(tile, half, panel);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) half[i] = double_half<1>(value[i]);
+      multiply_four(tile, half, panel + 4 * kLanes<float>);
     }
   }
 }
 
-// gemm_block() for groups of kGroup channels.
-template <int kGroup, typename T>
-void gemm_groups(const GemmBlock<T>& b, const T* zeros) {
-  constexpr int kMax = kRegisterBytes == 64 ? 12 : kRegisterBytes == 32 ? 6 : 4;
+template <int kGroup>
+void gemm_groups_of(const GemmBlock<float>& b, const float* zeros) {
+  constexpr int kMax = kRegisterBytes == 64 ? 12 : 6;
   const int64_t tiles = zeros != nullptr ? b.count : ceil_div<int64_t>(b.count, kMax);
   int64_t row = 0;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int count = int(ceil_div<int64_t>(b.count - row, tiles - tile));
     with_rows<kMax>(count, [&](auto rows) __attribute__((always_inline)) {
-      Tile<T, decltype(rows)::value, 1> sums;
+      Tile<float, decltype(rows)::value, 1> sums;
       if (b.finish != nullptr) sums.prefetch(*b.finish, row);
       sums.clear();
       multiply_groups<kGroup>(sums, b, row, zeros);
@@ -61,6 +101,19 @@ void gemm_groups(const GemmBlock<T>& b, const T* zeros) {
     });
     row += count;
   }
+}
+
+#endif
+
+// gemm_block() for such groups.
+inline void gemm_groups([[maybe_unused]] const GemmBlock<float>& b, [[maybe_unused]] int channels,
+                        [[maybe_unused]] const float* zeros) {
+#if defined(__AVX512F__)
+  if (channels == 8) return gemm_groups_of<8>(b, zeros);
+#endif
+#if defined(__AVX2__)
+  gemm_groups_of<4>(b, zeros);
+#endif
 }
 
 }  // namespace pvk::conv2d::PVK_ISA

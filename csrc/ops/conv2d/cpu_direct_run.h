@@ -217,6 +217,8 @@ void compute(const Direct<In, scalar_t>& d, Scratch<In>& scratch, int64_t first,
     block.row_pitch = block.count = pixels;
     block.sums = sums.data();
     block.pitch = pitch;
+    block.zeros = d.zeros;
+    block.prefetch_rows = w.taps == 1 && w.channels <= 128 && i == first_panel;
     const int64_t channel = group * w.outputs + w.panels.first_output(panel);
     const int64_t channels = w.panels.outputs_of(panel);
     scalar_t* const to = output + first * p.K + channel;
@@ -228,7 +230,7 @@ void compute(const Direct<In, scalar_t>& d, Scratch<In>& scratch, int64_t first,
       block.first = group * w.channels;
       block.finish = finished ? &finish : nullptr;
       const In* const zeros = d.skip_padding ? d.zeros : nullptr;
-      if constexpr (sizeof(In) == 4) w.depth_of_tap == 4 ? gemm_groups<4>(block, zeros) : gemm_groups<8>(block, zeros);
+      if constexpr (sizeof(In) == 4) gemm_groups(block, int(w.depth_of_tap), zeros);
       if (finished) continue;
     } else if (d.skip_padding) {
       multiply_panel_without_padding(w, block, vectors, packed, group * w.channels, d.zeros);
@@ -325,8 +327,8 @@ void forward_typed(const Conv2dParams& p) {
   const bool finite = *static_cast<const int64_t*>(packed) != 0;
   const int64_t units = p.pool ? p.N * (p.OH / 2) * (p.OW / 2) : p.N * p.OH * p.OW;
   run(Direct<In, scalar_t>{dense, weights, epilogue, taps, input,
-                           reinterpret_cast<const In*>(static_cast<const char*>(packed) + kPackedHeader), zeros.data(),
-                           taps.padded() && !finite, units});
+                           reinterpret_cast<const In*>(static_cast<const char*>(packed) + kPackedHeader),
+                           taps.padded() ? zeros.data() : nullptr, taps.padded() && !finite, units});
 }
 
 }  // namespace pvk::conv2d::PVK_ISA

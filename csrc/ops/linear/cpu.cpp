@@ -13,7 +13,8 @@ namespace pvk::linear {
 namespace PVK_ISA {
 namespace {
 
-constexpr int64_t kRowsOfDot = 16;  // up to here, packing a weight for one call costs more than it gains
+// Up to here, packed or not: packing for one call costs more than it gains, and the result is the same with either.
+constexpr int64_t kRowsOfDot = 16;
 
 template <typename Params>
 Params as_convolution(const LinearParams& p) {

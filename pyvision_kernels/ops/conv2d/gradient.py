@@ -62,19 +62,21 @@ def backward(
         result: Of the forward, where it was not pooled.
         convolve: (input, weight, bias) -> their convolution.
     """
-    input, weight, bias, scale, shift, residual = tensors
+    input, weight, bias, scale, shift, _ = tensors
     assert input is not None
     assert weight is not None
     stride, sides, dilation, groups, mode = numbers[0:2], numbers[2:6], numbers[6:8], numbers[8], numbers[9]
     convolved = before = grad  # the convolution with its bias; what the activation is applied to
     if needs[3] or pool or _activation.needs_input(activation):
-        convolved = before = convolve(input, weight, bias)
+        # In float32 beside 16 bits: a derivative that jumps is taken on the right side.
+        wide = [value.float() if value is not None and value.dtype != torch.float64 else value for value in tensors]
+        convolved = before = convolve(*wide[:3])
         if scale is not None:
             before = before * _per_channel(scale, before)
         if shift is not None:
             before = before + _per_channel(shift, before)
-        if residual is not None:
-            before = before + residual
+        if wide[5] is not None:
+            before = before + wide[5]
     if pool:
         result = _activation.apply(activation, before)
         chosen = F.max_pool2d(result.detach(), 2, return_indices=True)[1]
@@ -85,11 +87,12 @@ def backward(
         at = before if result is None or _activation.needs_input(activation) else result
         grad = _activation.backward(activation, grad, at)
     grads: list[Tensor | None] = [None] * 6
-    grads[5] = grad if needs[5] else None
+    grads[5] = grad.to(input.dtype) if needs[5] else None
     if needs[4] and shift is not None:
         grads[4] = grad.sum((0, 2, 3)).to(shift.dtype)
     if needs[3] and scale is not None:
         grads[3] = (grad * convolved).sum((0, 2, 3)).to(scale.dtype)
+    grad = grad.to(input.dtype)
     if not any(needs[:3]):
         return tuple(grads)
     if scale is not None:

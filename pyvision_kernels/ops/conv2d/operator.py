@@ -24,7 +24,7 @@ class Packs(Protocol):
     def get(self, weight: Tensor, key: Hashable, make: Callable[[], Tensor]) -> Tensor | None: ...
 
 
-def _check(input, weight, numbers, named, residual, op="conv2d"):
+def _check(input, weight, numbers, named, residual, op):
     """What shapes, dtypes and devices can show; returns the rows and columns of the convolution."""
     require(input.dim() == 4, op, "input to have 4 dimensions [N, C, H, W]", input.shape)
     require(weight.dim() == 4, op, "weight to have 4 dimensions [K, C / groups, R, S]", weight.shape)
@@ -75,7 +75,9 @@ def _check(input, weight, numbers, named, residual, op="conv2d"):
 
 
 def _fake(input, weight, bias, scale, shift, residual, packed, numbers, activation, pool, channels_last, algorithm):
-    rows, columns = _check(input, weight, numbers, {"bias": bias, "scale": scale, "shift": shift}, residual)
+    op = "conv2d_max_pool2d" if pool else "conv2d"
+    rows, columns = _check(input, weight, numbers, {"bias": bias, "scale": scale, "shift": shift}, residual, op)
+    require(not pool or (rows > 1 and columns > 1), op, "at least 2 x 2 pixels to pool", [rows, columns])
     size = (input.shape[0], weight.shape[0], rows // 2 if pool else rows, columns // 2 if pool else columns)
     return input.new_empty(size).contiguous(memory_format=_format(channels_last))
 
