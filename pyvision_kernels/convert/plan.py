@@ -111,7 +111,7 @@ class _Conv2dStep(_Step):
         )
 
     def _decide(self, input: Tensor, weight: Tensor) -> tuple[int, Tensor | None]:
-        kernel, packed = decide(input, weight, self.geometry), None
+        kernel, packed = decide(input, weight, self.geometry, True), None
         if kernel != TORCH:
             packed = self.packs.get(weight, (kernel, input.dtype), lambda: pack(weight, self.geometry, kernel))
         return kernel, packed
