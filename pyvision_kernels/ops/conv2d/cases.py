@@ -212,7 +212,7 @@ CONV2D = OpCases(
     cases=(
         case("plain", (2, 5, 9, 7), 6, 3, padding=1),
         case("winograd", (1, 16, 13, 10), 19, 3, padding=1, norm=True, residual=True, activation="relu"),
-        case("winograd4", (1, 17, 17, 18), 16, 3, padding=1, activation="relu", l2=F4_ERROR),
+        case("winograd4", (1, 9, 24, 23), 6, 3, padding=1, activation="relu", l2=F4_ERROR),
         case("winograd_wide_padding", (1, 16, 6, 5), 16, 3, padding=(3, 0, 2, 4)),
         case("winograd_reflect", (1, 16, 9, 8), 16, 3, padding=2, padding_mode="reflect"),
         case("pointwise", (2, 21, 6, 5), 35, 1, norm=True, activation="silu"),
@@ -253,7 +253,7 @@ CONV2D_MAX_POOL2D = OpCases(
     cases=(
         case("plain", (2, 5, 9, 7), 6, 3, padding=1, activation="relu"),
         case("winograd", (1, 16, 13, 10), 19, 3, padding=1, norm=True, activation="relu"),
-        case("winograd4", (1, 17, 18, 17), 16, 3, padding=1, activation="relu", l2=F4_ERROR),
+        case("winograd4", (1, 9, 25, 26), 6, 3, padding=1, activation="relu", l2=F4_ERROR),
         case("pointwise", (1, 12, 6, 5), 9, 1, residual=True),
         case("strided", (1, 12, 11, 14), 18, 3, stride=2, padding=1, activation="gelu"),
         case("first_layer", (1, 3, 14, 13), 17, 3, padding=1, activation="relu"),
