@@ -196,11 +196,11 @@ int64_t tasks_together(const Conv2dParams& p, int64_t tasks) {
 
 // An even number of rows to a band: several tasks to a thread, and outputs that are written about in order, which pages
 // that are new like.
-int64_t band_of(const Conv2dParams& p, int64_t blocks) {
+int64_t band_of(const Conv2dParams& p, int64_t blocks, int64_t row_outputs) {
   const int64_t OH = whole_rows(p), threads = thread_count();
   const int64_t wanted = ceil_div(threads * 6, max_of(int64_t(1), p.N * blocks));
   const int64_t fair = threads == 1 ? OH : ceil_div(OH, wanted);
-  const int64_t longest = kBandOutputs / max_of(p.OW * p.K, int64_t(1));
+  const int64_t longest = kBandOutputs / max_of(row_outputs, int64_t(1));
   return max_of(int64_t(4), ceil_div(min_of(fair, longest), int64_t(2)) * 2);
 }
 
@@ -216,7 +216,7 @@ void run_in_place(Call<scalar_t> call, const TapTable& rows, const TapTable& col
   using T = opmath_t<scalar_t>;
   const Conv2dParams& p = call.p;
   const Blocks blocks(p.C, kBlockBytes / (p.R * tile_width(p) * int64_t(sizeof(scalar_t))) + 1, kLanes<T>);
-  const int64_t OH = whole_rows(p), band = band_of(p, blocks.count), bands = ceil_div(OH, band);
+  const int64_t OH = whole_rows(p), band = band_of(p, blocks.count, p.OW * p.K), bands = ceil_div(OH, band);
   const TapOffsets row_offsets(rows, p.input_stride[2]), column_offsets(columns, p.input_stride[3]);
   call.rows = row_offsets.data();
   call.columns = column_offsets.data();
@@ -298,7 +298,7 @@ void run_turned(Call<scalar_t> call, const TapTable& rows, const TapTable& colum
   // Rows that fit, with those above and below; all of them where padding may read any.
   const int64_t halo = (p.R - 1) * p.dilation[0] + 1;
   int64_t band = max_of(int64_t(8), (kTurnedBytes / max_of(row_bytes, int64_t(1)) - halo) / p.stride[0] / 2 * 2);
-  band = min_of(band, band_of(p, blocks.count));
+  band = min_of(band, band_of(p, blocks.count, p.OW * pitch * M));
   if (p.padding_mode != PaddingMode::kZeros) band = OH;
   const int64_t bands = ceil_div(OH, max_of(band, int64_t(1)));
   const TapOffsets row_offsets(rows, p.W * pitch), column_offsets(columns, pitch);
