@@ -75,6 +75,16 @@ class _Step:
         raise NotImplementedError
 
 
+_IN_PLACE: dict[str | None, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "relu6": lambda x: F.relu6(x, inplace=True),
+    "hardswish": lambda x: F.hardswish(x, inplace=True),
+    "silu": lambda x: F.silu(x, inplace=True),
+    "gelu": F.gelu,
+    "sigmoid": torch.sigmoid_,
+}
+
+
 class _Conv2dStep(_Step):
     """The way of `run`, shorter: what it finds out of a call is kept beside the packed weight."""
 
@@ -92,7 +102,9 @@ class _Conv2dStep(_Step):
         scale, shift = (None, None) if self.norm is None else self.norm.get()
         key = input.shape, input.dtype, CHOICE.key
         decided = self.packs.get(weight, key, lambda: self._decide(input, weight))
-        if decided is None or decided[0] == TORCH or channels_last is None:
+        if decided is not None and decided[0] == TORCH:
+            return self._by_torch(input, residual, channels_last)
+        if decided is None or channels_last is None:
             return self._run(input, weight, bias, scale, shift, residual, channels_last)
         kernel, packed = decided
         return self.operator(
@@ -115,6 +127,23 @@ class _Conv2dStep(_Step):
         if kernel != TORCH:
             packed = self.packs.get(weight, (kernel, input.dtype), lambda: pack(weight, self.geometry, kernel))
         return kernel, packed
+
+    def _by_torch(self, input: Tensor, residual: Any, channels_last: bool | None) -> Tensor:
+        """PyTorch's convolution, and what follows written over it."""
+        weight, bias = self.parameters["weight"], self.parameters["bias"]
+        out = run_conv2d(input, weight, bias, self.geometry, channels_last=channels_last)
+        activates = self.activation is not None
+        if self.norm is not None:
+            scale, shift = self.norm.get()
+            if scale.dtype == out.dtype:
+                out = torch.addcmul(shift.view(1, -1, 1, 1), out, scale.view(1, -1, 1, 1))
+            else:
+                out, activates = self.norm.norm(out), activates and not self.norm_activates
+        if residual is not None:
+            out += residual
+        if activates:
+            out = _IN_PLACE[self.activation](out)
+        return F.max_pool2d(out, 2) if self.pool else out
 
     def _run(
         self,
