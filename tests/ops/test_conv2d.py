@@ -492,3 +492,9 @@ def test_winograd_is_the_same_for_every_division_of_the_work(kernel, channels, s
         torch.set_num_threads(threads)
     assert (runs[0] - exact).norm() <= 2e-6 * exact.norm()
     assert all(torch.equal(runs[0], other) for other in runs)
+
+
+def test_depthwise_of_a_map_larger_than_the_caches():  # its outputs go past them
+    x = torch.randn(1, 64, 260, 201).contiguous(memory_format=torch.channels_last)
+    w, geometry = torch.randn(64, 1, 3, 3), Geometry.of(1, 1, 1, 64, "zeros", (3, 3))
+    _check(algorithm.DEPTHWISE, x, w, geometry, True)
