@@ -683,6 +683,23 @@ def test_a_norm_by_itself_in_mixed_precision():
     _assert_close(_forward(pvk.convert(model, fuse=True), picture).double(), expected.double(), 0.02)
 
 
+def test_convolutions_of_torch_within_a_fused_model(monkeypatch):
+    from pyvision_kernels.ops.conv2d import algorithm
+
+    layers = [nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Hardswish(), nn.Conv2d(4, 4, 1), nn.SiLU()]
+    for model, size in ((_Block(), (2, 16, 9, 8)), (nn.Sequential(*layers, nn.MaxPool2d(2)), (1, 4, 8, 9))):
+        for dtype, tolerance in ((torch.float64, 1e-9), (torch.bfloat16, 0.05)):
+            model, picture = _randomized(copy.deepcopy(model), dtype), torch.randn(size, dtype=dtype)
+            expected = _forward(model, picture).double()
+            pvk.convert(model, fuse=True)
+            monkeypatch.setattr(algorithm, "torch_is_faster", lambda *_: True)
+            with pvk.backend("auto"):
+                for _ in range(2):
+                    _assert_close(_forward(model, picture).double(), expected, tolerance)
+                assert "pvk::conv2d" not in _operators(model, picture)
+            monkeypatch.undo()
+
+
 def test_layers_in_one_dimension_and_linear_layers():
     model = nn.Sequential(
         *(nn.Conv1d(4, 8, 3, padding=1), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 8, 1), nn.SiLU(), nn.Flatten()),
