@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: verify, time every case against its peer, detect on a photograph, report.
+"""`python -m benchmarks`: verify, time every case against its peer, run whole models, detect on a photograph, report.
 
 The record, the chart and the picture go to benchmarks/out/, or with --save to benchmarks/results/<device>/.
 """
@@ -19,11 +19,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import end_to_end, environment, report
+from benchmarks import end_to_end, environment, models, report
 from benchmarks.sources import RESULTS, ROOT
 
 OUT = ROOT / "benchmarks" / "out"
 BUSY = 0.5  # Processes a CPU before we start.
+MODELS = "models"  # for --only: whole models alone
 SECONDS_OF_A_ROW = {"smoke": 0.02, "quick": 0.6, "full": 4.0}
 
 
@@ -62,20 +63,19 @@ def _reason(report: pytest.TestReport) -> str:
 def verify(options: argparse.Namespace) -> bool:
     command = [sys.executable, "-m", "pyvision_kernels", "verify", "--device", options.device]
     command += [] if options.full else ["--small"]
-    command += [options.only] if options.only else []
+    command += ["conv2d", "linear"] if options.only == MODELS else [options.only] if options.only else []
     return subprocess.run(command, cwd=ROOT).returncode == 0
 
 
 def benchmark_cases(options: argparse.Namespace, folder: Path, console: Console) -> tuple[list[report.Row], list[str]]:
     """Runs pytest-benchmark in this process; its own output goes to `pytest.log`. Returns rows and failures."""
-    size = "smoke" if options.smoke else "full" if options.full else "quick"
     results = folder / "pytest.json"
     results.unlink(missing_ok=True)
     arguments = [str(ROOT / "benchmarks" / "test_ops.py"), f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml")]
     arguments += ["-W", "ignore:Not saving anything"]  # where nothing was right, nothing was timed
     arguments += ["-p", "no:cacheprovider", "--benchmark-only", f"--benchmark-json={results}"]
-    arguments += [f"--device={options.device}", f"--seconds={SECONDS_OF_A_ROW[size]}"]
-    arguments += [f"--{size}"] if size != "quick" else []
+    arguments += [f"--device={options.device}", f"--seconds={SECONDS_OF_A_ROW[options.size]}"]
+    arguments += [f"--{options.size}"] if options.size != "quick" else []
     arguments += [f"--only={options.only}"] if options.only else []
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
@@ -100,6 +100,13 @@ def detect(name: str, options: argparse.Namespace, folder: Path, console: Consol
     return end_to_end.as_row(outcome)
 
 
+def whole_models(options: argparse.Namespace, console: Console) -> tuple[list[report.Row], list[str]]:
+    if options.device != "cpu":
+        console.print("whole models are compared on the CPU only, for now")
+        return [], []
+    return models.run_all(options.size, console)
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--full", action="store_true", help="every case")
@@ -109,9 +116,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--save", action="store_true", help="write to benchmarks/results/<device>/")
     parser.add_argument("--out", type=Path, default=OUT, help="folder to write to without --save")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", metavar="OP", help="this op alone, and nothing end to end")
+    parser.add_argument("--only", metavar="OP", help="this op alone, and nothing end to end; or: models")
     parser.add_argument("--no-verify", action="store_true", help="where the test suite has just passed")
     options = parser.parse_args(arguments)
+    options.size = "smoke" if options.smoke else "full" if options.full else "quick"
     if options.smoke and (options.save or options.full):
         parser.error("--smoke goes with neither --save nor --full")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -134,7 +142,13 @@ def main(arguments: list[str] | None = None) -> int:
     if verified is False:
         console.print("verify failed: what computes the wrong thing is not timed", style="red")
         return 1
-    rows, failed = benchmark_cases(options, OUT if options.save else folder, console)
+    rows: list[report.Row] = []
+    failed: list[str] = []
+    if options.only != MODELS:
+        rows, failed = benchmark_cases(options, OUT if options.save else folder, console)
+    if options.only in (None, MODELS):
+        more, wrong = whole_models(options, console)
+        rows, failed = rows + more, failed + wrong
     for name in [] if options.only else end_to_end.DETECTORS:
         try:
             rows.append(detect(name, options, folder, console))

@@ -32,6 +32,8 @@ def describe(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "torchvision": version("torchvision"),
         "triton": version("triton"),
+        "onnxruntime": version("onnxruntime"),
+        "openvino": version("openvino"),
         "pyvision_kernels": pvk.__version__,
     }
 

@@ -9,6 +9,7 @@ from pyvision_kernels import models, nn, ops
 from pyvision_kernels._backend import backend, strict_numerics
 from pyvision_kernels._extension import build_info, cpu_capability
 from pyvision_kernels.convert import conversion_report, convert, revert
+from pyvision_kernels.explain import explain
 from pyvision_kernels.override import override_torchvision
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "conversion_report",
     "convert",
     "cpu_capability",
+    "explain",
     "models",
     "nn",
     "ops",

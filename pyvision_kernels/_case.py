@@ -89,8 +89,8 @@ class OpCases:
         exact: What is computed is a choice (of boxes, say): indices are equal bit for bit, other outputs within
             EXACT_UNITS of rounding.
         sized_by_data: The size of the output depends on values: a GPU synchronises, meta tensors raise.
-        in_eval: Inputs -> the call that a layer in eval mode makes of them, its weights packed; benchmarks of the forward
-            time that. None: the op itself.
+        in_eval: Inputs -> the call that a layer in eval mode makes of them, its weights packed; what benchmarks time of
+            the forward. None: the op itself.
         peer_is_native: The peer has kernels of its own for 16-bit types, and picks the better of the layouts.
         family: The folder of `ops` that it is in; set by `all_cases`.
     """

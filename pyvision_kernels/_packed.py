@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
+from operator import attrgetter, is_, methodcaller
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+_MOST = 4096  # results of one weight: a model may be called with pictures of any size
 _PLAIN = (torch.Tensor, nn.Parameter)  # subclasses may have no memory of their own
 
 
@@ -31,23 +33,14 @@ def is_off() -> bool:
 
 
 class _Kept:
-    """A state of tensors, and what was computed from it. Replaced as a whole, so that threads may share it."""
+    """A weight as it was seen, and what was made of it. Replaced as a whole, so that threads may share it."""
 
-    __slots__ = ("refs", "results", "stamps")
+    __slots__ = ("ref", "results", "stamp")
 
-    def __init__(self, tensors: tuple[Tensor | None, ...]):
-        self.refs = tuple(None if tensor is None else weakref.ref(tensor) for tensor in tensors)
-        self.stamps = tuple(None if tensor is None else stamp(tensor) for tensor in tensors)
+    def __init__(self, weight: Tensor):
+        self.ref = weakref.ref(weight)
+        self.stamp = stamp(weight)
         self.results: dict[Hashable, Any] = {}
-
-    def is_of(self, tensors: tuple[Tensor | None, ...]) -> bool:
-        for tensor, ref, seen in zip(tensors, self.refs, self.stamps, strict=True):
-            if tensor is None or ref is None:
-                if tensor is not ref:
-                    return False
-            elif ref() is not tensor or stamp(tensor) != seen:
-                return False
-        return True
 
 
 class Packs:
@@ -64,18 +57,20 @@ class Packs:
         self._pinned = False
         self.geometry: tuple[tuple[Any, ...], Any] = ((), None)  # of a convolution: its arguments, and these checked
 
-    def get(self, weight: Tensor, key: Hashable, make: Callable[[], Tensor]) -> Tensor | None:
+    def get(self, weight: Tensor, key: Hashable, make: Callable[[], Any]) -> Any:
         """The packed weight for a key, made where it is not there; None where none can be kept."""
         kept = self._kept
-        if kept is not None and kept.refs[0]() is weight and stamp(weight) == kept.stamps[0]:  # type: ignore[misc]
+        if kept is not None and kept.ref() is weight and stamp(weight) == kept.stamp:
             packed = kept.results.get(key)
             if packed is not None:
                 return packed
         else:
             if type(weight) not in _PLAIN or (weight.is_inference() and not self._pinned):
                 return None
-            kept = self._kept = _Kept((weight,))
+            kept = self._kept = _Kept(weight)
         packed = _outside_of_autograd(make)
+        if len(kept.results) > _MOST:
+            kept.results.clear()
         kept.results[key] = packed
         return packed
 
@@ -103,46 +98,51 @@ class PacksOf:
 
 
 class FoldedNorm:
-    """The scale and shift per channel that a batch norm is in eval mode, kept as packed weights are."""
+    """The scale and shift per channel that a batch norm is in eval mode; kept as packed weights are.
+
+    Of the four vectors only identity, address and version are compared, and they are kept alive, which is cheaper.
+    """
 
     __slots__ = ("_kept", "norm")
 
     def __init__(self, norm: nn.Module):
-        self.norm = norm
-        self._kept: _Kept | None = None
+        self.norm: Any = norm
+        self._kept: tuple[Any, ...] | None = None
 
     def get(self) -> tuple[Tensor, Tensor]:
         """scale, shift: float64 where the norm is, else float32."""
-        norm = self.norm
-        tensors, eps = _of_norm(norm), norm.eps
-        kept = self._kept
-        if kept is not None and kept.is_of(tensors):
-            folded = kept.results.get(eps)
-            if folded is not None:
+        norm, kept = self.norm, self._kept
+        buffers, parameters = norm._buffers, norm._parameters
+        affine = parameters if "weight" in parameters else buffers  # of a frozen batch norm
+        vectors = buffers["running_mean"], buffers["running_var"], affine["weight"], affine["bias"]
+        if kept is not None:
+            seen, present, versions, addresses, eps, folded = kept
+            if (
+                all(map(is_, vectors, seen))
+                and list(map(_version_of, present)) == versions
+                and list(map(_address_of, present)) == addresses
+                and norm.eps == eps
+            ):
                 return folded
-        folded = _outside_of_autograd(lambda: _fold(*tensors, eps))  # type: ignore[arg-type]
-        if not any(tensor is not None and tensor.is_inference() for tensor in tensors):
-            kept = _Kept(tensors)
-            kept.results[eps] = folded
-            self._kept = kept
+        eps = norm.eps
+        present = [vector for vector in vectors if vector is not None]
+        if any(vector.is_inference() for vector in present):
+            return _outside_of_autograd(lambda: _fold(vectors, eps))
+        versions, addresses = list(map(_version_of, present)), list(map(_address_of, present))
+        folded = _outside_of_autograd(lambda: _fold(vectors, eps))
+        self._kept = (vectors, present, versions, addresses, eps, folded)
         return folded
 
     def drop(self) -> None:
         self._kept = None
 
 
-def _of_norm(norm: nn.Module) -> tuple[Tensor | None, ...]:
-    """Mean, variance, weight, bias; the last two are buffers in a frozen batch norm."""
-    buffers, parameters = norm._buffers, norm._parameters
-    return (
-        buffers["running_mean"],
-        buffers["running_var"],
-        parameters["weight"] if "weight" in parameters else buffers["weight"],
-        parameters["bias"] if "bias" in parameters else buffers["bias"],
-    )
+_version_of = attrgetter("_version")
+_address_of = methodcaller("data_ptr")
 
 
-def _fold(mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
+def _fold(tensors: tuple[Any, ...], eps: float) -> tuple[Tensor, Tensor]:
+    mean, variance, weight, bias = tensors
     wide = torch.float64
     scale = (variance.to(wide) + eps).rsqrt()
     if weight is not None:

@@ -12,11 +12,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("torchvision")
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import end_to_end, gpu, gpu_status, pair, report, sources
+import pyvision_kernels as pvk
+from benchmarks import end_to_end, gpu, gpu_status, models, pair, peers, report, sources
 from benchmarks.gpu_state import State, standing
 from pyvision_kernels._case import all_cases
 
@@ -128,11 +130,11 @@ def test_smoke_of_the_main_job(tmp_path):
     assert record["verified"] is True
     assert record["threads"] == 1
     families = {spec.name: spec.family for spec in all_cases()}
-    assert {row["op"] for row in record["rows"]} == {*families, "end_to_end"}
+    assert {row["op"] for row in record["rows"]} == {*families, "end_to_end", "models"}
     for row in record["rows"]:
         assert row["ratio"]["median"] > 0
         assert row["rounds"] >= pair.MIN_ROUNDS
-        if row["op"] != "end_to_end":
+        if row["op"] not in ("end_to_end", "models"):
             assert row["source_hash"] == sources.kernel_hash(families[row["op"]], "cpu")
     detectors = [row for row in record["rows"] if row["op"] == "end_to_end"]
     assert [row["case"] for row in detectors] == list(end_to_end.DETECTORS)
@@ -140,8 +142,63 @@ def test_smoke_of_the_main_job(tmp_path):
         assert row["detections"] >= 20
         assert row["worst_iou"] > 0.99
         assert (tmp_path / f"detections-{row['case']}.png").stat().st_size > 10_000
+    (model,) = [row for row in record["rows"] if row["op"] == "models"]
+    assert (model["case"], model["provider"]) == ("CNN, 1 x 3 x 24 x 24", "eager")
+    assert model["error"] <= model["allowed"]
     assert (tmp_path / "bench.png").stat().st_size > 10_000
     assert "median of the op" in done.stdout
+
+
+SMALL = models.Model("small", pvk.models.CNN, (1, 3, 24, 24))
+
+
+def test_a_model_is_compared_with_every_peer_and_reported_against_the_fastest():
+    outcome = models.run(SMALL, 0.02)
+    makers = peers.PEERS[torch.float32]
+    assert {*outcome.timings, *outcome.left_out} == set(makers)
+    for reason in outcome.left_out.values():
+        assert "is not installed" in reason or "torch.compile" in reason
+    (row,) = models.as_rows(outcome)
+    assert row["provider"] == min(outcome.timings, key=lambda name: outcome.timings[name].ratio.median)
+    assert set(row["peers"]) == set(outcome.timings)
+    console = report.Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+    models.print_table([outcome], console)
+    assert "small, 1 x 3 x 24 x 24" in console.export_text()
+
+
+def test_a_peer_that_is_not_installed_is_named_and_left_out(monkeypatch):
+    for name in ("onnxruntime", "openvino"):
+        monkeypatch.setitem(sys.modules, name, None)
+    outcome = models.run(SMALL, 0.02, ("eager", "ONNX Runtime", "OpenVINO"))
+    assert set(outcome.timings) == {"eager"}
+    assert outcome.left_out["OpenVINO"] == "openvino is not installed"
+    assert outcome.left_out["ONNX Runtime"] == "onnxruntime is not installed"
+
+
+def test_a_model_with_a_wrong_output_gets_no_speed_up(monkeypatch):
+    right = models.converted
+    monkeypatch.setattr(models, "converted", lambda *arguments: lambda: right(*arguments)() + 0.01)
+    with pytest.raises(AssertionError, match="expected an error of at most"):
+        models.run(SMALL, 0.02)
+    monkeypatch.setattr(models, "MODELS", (SMALL,))
+    rows, failed = models.run_all("smoke", report.Console(quiet=True))
+    assert rows == []
+    assert failed[0].startswith("models small float32: expected an error")
+
+
+def test_a_peer_with_a_wrong_output_is_left_out(monkeypatch):
+    wrong = {"eager": peers.eager, "wrong": lambda model, input: lambda: model(input) + 1}
+    monkeypatch.setitem(peers.PEERS, torch.float32, wrong)
+    outcome = models.run(SMALL, 0.02)
+    assert set(outcome.timings) == {"eager"}
+    assert outcome.left_out["wrong"].startswith("its error is ")
+
+
+@pytest.mark.parametrize("model", models.MODELS, ids=lambda model: f"{model.name}-{model.size[0]}-{model.dtype}")
+def test_models_can_be_made(model):
+    with torch.device("meta"):
+        made = model.make().eval()
+        assert made(torch.empty(model.size)).shape[0] == model.size[0]
 
 
 WRONG_NMS = """

@@ -1,4 +1,4 @@
-"""`pvk.nn.Conv2d`, `Conv1d` and `Linear`: torch.nn's layers in all but speed, and packed weights that are never stale."""
+"""`pvk.nn.Conv2d`, `Conv1d` and `Linear`: torch.nn's layers in all but speed; packed weights are never stale."""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ LAYERS = {
         {"padding": "same", "padding_mode": "reflect", "groups": 2},
         (2, 4, 7, 6),
     ),
-    "conv2d_circular": (nn.Conv2d, (3, 5, 3), {"padding": (1, 2), "padding_mode": "circular", "stride": 2}, (1, 3, 8, 9)),
+    "conv2d_circular": (
+        nn.Conv2d,
+        (3, 5, 3),
+        {"padding": (1, 2), "padding_mode": "circular", "stride": 2},
+        (1, 3, 8, 9),
+    ),
     "conv2d_depthwise": (nn.Conv2d, (8, 8, 3), {"padding": 2, "dilation": 2, "groups": 8}, (2, 8, 9, 9)),
     "conv2d_unbatched": (nn.Conv2d, (4, 6, 3), {}, (4, 9, 8)),
     "conv1d": (nn.Conv1d, (4, 6, 3), {"padding": 1, "stride": 2}, (2, 4, 11)),
@@ -299,7 +304,7 @@ def test_bad_input_is_refused_in_the_words_of_torch(name):
         except RuntimeError as error:
             with pytest.raises(RuntimeError) as caught:
                 ours(bad)
-            assert str(caught.value) == str(error)
+            assert str(caught.value) == str(error)  # noqa: PT017
         else:
             _assert_close(ours(bad), expected)
 
@@ -319,3 +324,16 @@ def test_layers_are_leaves_of_a_traced_model():
             ["linear"],
         )
         _assert_close(traced(input), ours(input))
+
+
+def test_explain_names_the_kernels_that_a_call_takes():
+    _, ours, input = _pair("conv2d_winograd", activation="relu")
+    assert pvk.explain(ours, input) == ["conv2d [1, 16, 18, 17] * [16, 16, 3, 3]: pvk winograd4 + relu"]
+    with pvk.strict_numerics():
+        assert pvk.explain(ours, input) == ["conv2d [1, 16, 18, 17] * [16, 16, 3, 3]: pvk winograd2 + relu"]
+    with pvk.backend("torch"):
+        assert pvk.explain(ours, input) == ["conv2d [1, 16, 18, 17] * [16, 16, 3, 3]: torch aten::convolution"]
+    rows, weight = torch.randn(2, 7), torch.randn(5, 7)
+    line = "linear [2, 7] * [5, 7]: pvk + residual + silu"
+    assert pvk.explain(pvk.ops.linear, rows, weight, residual=torch.ones(2, 5), activation="silu") == [line]
+    assert pvk.explain(nn.Linear(7, 5), rows) == ["linear [2, 7] * [7, 5]: torch aten::addmm"]

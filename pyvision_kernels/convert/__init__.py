@@ -36,11 +36,12 @@ def convert(
 ) -> nn.Module:
     """Replaces the layers of a model that have a counterpart with our kernels, in place.
 
-    Replaced are `torch.nn.Conv2d`, `Conv1d` and `Linear`, torchvision's `RoIAlign`, `RoIPool`, `PSRoIAlign`, `PSRoIPool` and `MultiScaleRoIAlign`, and the calls
-    of NMS, IoU and losses within its Faster, Mask and Keypoint R-CNN, RetinaNet, FCOS and SSD. A layer is replaced by
-    a change of its class: parameters, buffers, state_dict keys, hooks, mode and device are the same objects as before,
-    and neither torchvision nor another model is touched. Only instances of a stock class itself are replaced, not of a
-    subclass. Called again, it decides anew for every layer: what is now refused gets its stock class back.
+    Replaced are `torch.nn.Conv2d`, `Conv1d` and `Linear`, torchvision's `RoIAlign`, `RoIPool`, `PSRoIAlign`,
+    `PSRoIPool` and `MultiScaleRoIAlign`, and the calls of NMS, IoU and losses within its Faster, Mask and Keypoint
+    R-CNN, RetinaNet, FCOS and SSD. A layer is replaced by a change of its class: parameters, buffers, state_dict keys,
+    hooks, mode and device are the same objects as before, and neither torchvision nor another model is touched. Only
+    instances of a stock class itself are replaced, not of a subclass. Called again, it decides anew for every layer:
+    what is now refused gets its stock class back.
     `conversion_report` says what was done, `revert` undoes it.
 
     Args:
@@ -174,6 +175,9 @@ def _entries(model: nn.Module) -> Iterator[LayerReport]:
             yield LayerReport(
                 name, cls.__name__, False, f"a subclass of {ancestors[0]}, which may override what would be replaced"
             )
+        elif name in fused:
+            arrow = f" <- {', '.join(fused[name])}" if fused[name] else ""
+            yield LayerReport(name, cls.__name__, True, f"scale and shift{arrow}", fused=tuple(fused[name]))
         elif not module._modules and name not in absorbed:
             others[cls.__name__] += 1
     for layer, count in others.most_common():

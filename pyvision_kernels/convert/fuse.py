@@ -1,7 +1,7 @@
 """Fused modules: an instance becomes one of a subclass of its class, whose forward in eval mode is a fused graph.
 
-Nothing else of the instance changes: in train mode, with gradients, under autocast, torch.compile or torch.func, and for
-arguments that the graph was not made for, the forward of its own class runs.
+Nothing else of the instance changes. In train mode, with gradients, under autocast, torch.compile or torch.func, and
+for arguments that the graph was not made for, the forward of its own class runs.
 """
 
 from __future__ import annotations
@@ -110,9 +110,15 @@ def _needs_grad(module: nn.Module, args: tuple[Any, ...]) -> bool:
     )
 
 
-@functools.cache
+_CLASSES: dict[Any, Any] = {}
+
+
 def fused_class(own: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a class whose instances run fused in eval mode."""
+    return _CLASSES.get(own) or _CLASSES.setdefault(own, _make_fused_class(own))
+
+
+def _make_fused_class(own: Any) -> Any:
 
     @functools.wraps(own.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -121,7 +127,11 @@ def fused_class(own: type[nn.Module]) -> type[nn.Module]:
         plan = plan_of(self)
         if plan.function is None or plan.arguments != len(args) or _needs_grad(self, args):
             return own.forward(self, *args)
-        return plan.function(*args, args[0].dim() != 4 or args[0].is_contiguous())
+        back = args[0].dim() != 4 or args[0].is_contiguous()
+        if not plan.is_closed:
+            return plan.function(*args, back)
+        with torch._C._AutoDispatchBelowAutograd():
+            return plan.function(*args, back)
 
     def train(self: Any, mode: bool = True) -> Any:
         _out_of_date(self)

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from pyvision_kernels import nn as ours
-from pyvision_kernels.convert.trace import EXCLUDED, has_hooks, is_frozen_norm
+from pyvision_kernels.convert.trace import EXCLUDED, has_hooks, is_frozen_norm, is_norm_with_activation
 
 _ACTIVATION_MODULES: dict[type, str] = {
     nn.ReLU: "relu",
@@ -51,7 +51,10 @@ _NORM, _ADD, _ACTIVATION, _POOL = range(1, 5)
 
 @dataclass
 class Chain:
-    """A layer and what is computed from its result alone, up to the last of `nodes`."""
+    """A layer and what is computed from its result alone, up to the last of `nodes`.
+
+    The layer may be a batch norm, by itself or with a relu.
+    """
 
     layer: Any
     name: str
@@ -115,7 +118,29 @@ def find_chains(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[Chain]:
         chain = ends[-1][1]
         taken.update(chain.nodes)
         chains.append(chain)
-    return chains[::-1]
+    chains += [norm for node in graph.nodes if node not in taken and (norm := _norm(node, modules, memory, taken))]
+    return chains
+
+
+def _norm(node: fx.Node, modules: dict[str, nn.Module], memory: _Memory, taken: set[fx.Node]) -> Chain | None:
+    """A batch norm that follows no convolution, with the relu after it."""
+    module = modules[str(node.target)] if node.op == "call_module" else None
+    if module is None or not is_foldable(module, ours.Conv2d) or not _may_go(module):
+        return None
+    if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+        return None
+    within = activation_within(module) if is_norm_with_activation(module) else None
+    if within not in (None, "relu"):
+        return None
+    chain = Chain(module, str(node.target), [node], within)
+    if len(node.users) == 1 and within is None:
+        user = next(iter(node.users))
+        after = modules[str(user.target)] if user.op == "call_module" else None
+        if user not in taken and (after is None or _may_go(after)) and _activation_of(user, after, node) == "relu":
+            grown = Chain(module, chain.name, [node, user], "relu", absorbed=[_label(user, after, chain.name)])
+            if memory.may_move(grown):
+                return grown
+    return chain
 
 
 def _copy(chain: Chain) -> Chain:
@@ -163,12 +188,14 @@ def _step(
     module = modules[user.target] if user.op == "call_module" else None  # type: ignore[index]
     if module is not None and not _may_go(module):
         return None
-    label = _relative(str(user.target), chain.name) if module is not None else getattr(user.target, "__name__", "")
-    label = label or str(user.target)
+    label = _label(user, module, chain.name)
     if module is not None and is_foldable(module, type(chain.layer)) and len(user.args) == 1 and not user.kwargs:
         if chain.residual is not None or chain.activation is not None:
             return None
         chain.norm = module
+        if is_norm_with_activation(module):
+            chain.activation = activation_within(module)
+            return (_NORM if chain.activation is None else _ACTIVATION), label
         return _NORM, label
     other = _added(user, last)
     if other is not None:
@@ -193,10 +220,11 @@ def _step(
     return None
 
 
-def _relative(name: str, beside: str) -> str:
-    """A name without what it shares with another: bn1 for layer1.0.bn1 beside layer1.0.conv1."""
-    parent = beside.rpartition(".")[0] + "."
-    return name.removeprefix(parent)
+def _label(node: fx.Node, module: nn.Module | None, beside: str) -> str:
+    """The name of a function, or of a module without what it shares with another: bn1 beside layer1.0.conv1."""
+    if module is None:
+        return getattr(node.target, "__name__", str(node.target))
+    return str(node.target).removeprefix(beside.rpartition(".")[0] + ".")
 
 
 def is_foldable(module: nn.Module, layer: type) -> bool:
@@ -205,7 +233,18 @@ def is_foldable(module: nn.Module, layer: type) -> bool:
         return False
     if is_frozen_norm(module):
         return layer is ours.Conv2d
-    return type(module) in _NORMS[layer] and not module.training and module._buffers.get("running_mean") is not None
+    if module.training or module._buffers.get("running_mean") is None:
+        return False
+    if is_norm_with_activation(module):
+        known = type(module.act) is nn.Identity or activation_within(module) is not None
+        return layer is ours.Conv2d and known and type(module.drop) is nn.Identity
+    return type(module) in _NORMS[layer]
+
+
+def activation_within(module: nn.Module) -> str | None:
+    """The activation that follows a batch norm within a module of timm."""
+    act: Any = module.act
+    return _ACTIVATION_MODULES.get(type(act)) if getattr(act, "approximate", "none") == "none" else None
 
 
 def _added(node: fx.Node, value: fx.Node) -> fx.Node | None:
@@ -265,7 +304,7 @@ def _is_pool_of_two(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 def _is_pair(value: Any, of: int) -> bool:
-    return type(value) is int and value == of or (isinstance(value, tuple | list) and list(value) in ([of], [of, of]))
+    return (type(value) is int and value == of) or (isinstance(value, tuple | list) and list(value) in ([of], [of, of]))
 
 
 # Modules and functions whose result shares no memory with an argument.
@@ -286,7 +325,8 @@ def _is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
         module = modules[node.target]  # type: ignore[index]
         known = type(module).__module__.startswith(("torch.nn.modules.", "pyvision_kernels.nn."))
-        return not (known or is_frozen_norm(module)) or has_hooks(module) or getattr(module, "inplace", False) is True
+        known = known or is_frozen_norm(module) or is_norm_with_activation(module)
+        return not known or has_hooks(module) or getattr(module, "inplace", False) is True
     if node.op == "call_method":
         name = str(node.target)
         return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"

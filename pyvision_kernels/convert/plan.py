@@ -13,11 +13,20 @@ from torch.nn import functional as F
 
 from pyvision_kernels import _activation
 from pyvision_kernels import nn as ours
+from pyvision_kernels._backend import CHOICE
 from pyvision_kernels._packed import FoldedNorm, Packs, PacksOf
 from pyvision_kernels.convert.patterns import Chain, find_chains, remove_identities
-from pyvision_kernels.convert.trace import NotFollowed, has_hooks, hooks_of, is_frozen_norm, trace
+from pyvision_kernels.convert.trace import (
+    NotFollowed,
+    has_hooks,
+    hooks_of,
+    is_frozen_norm,
+    is_norm_with_activation,
+    trace,
+)
 from pyvision_kernels.nn.conv import geometry_of
 from pyvision_kernels.ops.conv2d import run as run_conv2d
+from pyvision_kernels.ops.conv2d.operator import TORCH, conv2d_op, decide, pack
 from pyvision_kernels.ops.linear import run as run_linear
 
 
@@ -27,6 +36,7 @@ class _Step:
     def __init__(self, chain: Chain):
         self.layer: Any = chain.layer
         self.norm = None if chain.norm is None else FoldedNorm(chain.norm)
+        self.norm_activates = chain.norm is not None and is_norm_with_activation(chain.norm)
         self.activation, self.pool, self.add_into = chain.activation, chain.pool, chain.add_into
         self.parameters = chain.layer._parameters
         self.packs: Packs = chain.layer._kept()
@@ -45,7 +55,7 @@ class _Step:
             else:
                 residual += out
                 out = residual
-        if self.activation is not None and self.layer.activation is None:
+        if self.activation is not None and self.layer.activation is None and not self.norm_activates:
             out = _activation.FUNCTIONS[self.activation](out)
         return F.max_pool2d(out, 2) if self.pool else out
 
@@ -66,19 +76,60 @@ class _Step:
 
 
 class _Conv2dStep(_Step):
+    """The way of `run`, shorter: what it finds out of a call is kept beside the packed weight."""
+
     def __init__(self, chain: Chain):
         super().__init__(chain)
         self.geometry = geometry_of(chain.layer)
+        self.number = _activation.NUMBERS[self.activation]
+        self.operator: Callable[..., Any] = conv2d_op
 
-    def __call__(self, input: Tensor, residual: Any = None, channels_last: bool = True) -> Tensor:
+    def __call__(self, input: Tensor, residual: Any = None, channels_last: bool | None = True) -> Tensor:
         if input.dim() != 4 or (residual is not None and not self.takes(input, residual)):
             return self.apart(input, residual)
         parameters = self.parameters
+        weight, bias = parameters["weight"], parameters["bias"]
         scale, shift = (None, None) if self.norm is None else self.norm.get()
+        key = input.shape, input.dtype, CHOICE.key
+        decided = self.packs.get(weight, key, lambda: self._decide(input, weight))
+        if decided is None or decided[0] == TORCH or channels_last is None:
+            return self._run(input, weight, bias, scale, shift, residual, channels_last)
+        kernel, packed = decided
+        return self.operator(
+            input,
+            weight,
+            bias,
+            scale,
+            shift,
+            residual,
+            packed,
+            self.geometry.numbers,
+            self.number,
+            self.pool,
+            channels_last,
+            kernel,
+        )
+
+    def _decide(self, input: Tensor, weight: Tensor) -> tuple[int, Tensor | None]:
+        kernel, packed = decide(input, weight, self.geometry), None
+        if kernel != TORCH:
+            packed = self.packs.get(weight, (kernel, input.dtype), lambda: pack(weight, self.geometry, kernel))
+        return kernel, packed
+
+    def _run(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        residual: Any,
+        channels_last: bool | None,
+    ) -> Tensor:
         return run_conv2d(
             input,
-            parameters["weight"],
-            parameters["bias"],
+            weight,
+            bias,
             self.geometry,
             scale=scale,
             shift=shift,
@@ -96,7 +147,7 @@ class _Conv2dStep(_Step):
 
 
 class _Conv1dStep(_Conv2dStep):
-    def __call__(self, input: Tensor, residual: Any = None, channels_last: bool = True) -> Tensor:
+    def __call__(self, input: Tensor, residual: Any = None, channels_last: bool | None = True) -> Tensor:
         if input.dim() != 3 or (residual is not None and not self.takes(input, residual)):
             return self.apart(input, residual)
         weight = self.parameters["weight"]
@@ -138,6 +189,25 @@ class _LinearStep(_Step):
         return torch.Size((*input.shape[:-1], self.parameters["weight"].shape[0]))
 
 
+class _NormStep:
+    """A batch norm of 4-dimensional maps by itself: one pass, with the relu written over it."""
+
+    def __init__(self, chain: Chain):
+        self.norm = FoldedNorm(chain.layer)
+        self.relu = chain.activation is not None
+        self.is_whole = is_norm_with_activation(chain.layer)
+
+    def __call__(self, input: Tensor) -> Tensor:
+        scale, shift = self.norm.get()
+        if input.dim() != 4 or input.dtype != scale.dtype:
+            out = self.norm.norm(input)
+            if self.is_whole:
+                return out
+        else:
+            out = torch.addcmul(shift.view(1, -1, 1, 1), input, scale.view(1, -1, 1, 1))
+        return out.relu_() if self.relu else out
+
+
 _STEPS: dict[type, type[Any]] = {ours.Conv2d: _Conv2dStep, ours.Conv1d: _Conv1dStep, ours.Linear: _LinearStep}
 
 
@@ -152,6 +222,7 @@ class Plan:
         reason: Why nothing was.
         absorbed: Names of the modules that are not called.
         opaque: Submodules that stay calls within the function.
+        is_closed: Whether the function runs no code but ours and PyTorch's; then it is to be called below autograd.
         checked: Whether is_current suffices, since nothing has happened that asks for is_current_in_full.
     """
 
@@ -162,9 +233,10 @@ class Plan:
         self.chains: dict[str, list[str]] = {}
         self.absorbed: set[str] = set()
         self.checked = True
+        self.is_closed = False
         self.reason = ""
         self.opaque: list[str] = []
-        self.steps: list[_Step] = []
+        self.steps: list[_Step | _NormStep] = []
         watched = list(modules.values())
         try:
             graph, _ = trace(root)
@@ -184,6 +256,11 @@ class Plan:
             if any(chain.absorbed for chain in chains):
                 writer = _Writer(graph, modules, chains)
                 self.function, self.arguments, self.steps = writer.function(), writer.arguments, writer.steps
+                called = [modules[str(node.target)] for node in graph.nodes if node.op == "call_module"]
+                self.is_closed = not any(has_hooks(module) or _is_opaque(module) for module in called)
+                for step in self.steps:
+                    if self.is_closed and isinstance(step, _Conv2dStep):
+                        step.operator = conv2d_op.overload
                 for chain in chains:
                     self.chains.setdefault(chain.name, chain.absorbed)
                     self.absorbed.update(str(node.target) for node in chain.nodes[1:] if node.op == "call_module")
@@ -202,26 +279,17 @@ class Plan:
             if module is not root and not has_hooks(module)
             for hooks in hooks_of(module)
         ]
-        children = [
-            (module._modules, name, child) for module in unique.values() for name, child in module._modules.items()
-        ]
-        self.parents = [parent for parent, _, _ in children]
-        self.names = [name for _, name, _ in children]
-        self.counts = [len(values["_modules"]) for values in self.values]
-        self.children = [child for _, _, child in children]
+        self.submodules = [values["_modules"] for values in self.values]
+        self.submodules_seen = list(map(dict, self.submodules))
         self.seen = self._attributes()
 
     def is_current(self) -> bool:
         """Whether modes, hooks and submodules are those that the function was made for. A few nanoseconds a module."""
-        try:
-            return (
-                list(map(_training, self.values)) == self.training
-                and not any(self.hooks)
-                and list(map(len, map(_submodules, self.values))) == self.counts
-                and all(map(operator.is_, map(operator.getitem, self.parents, self.names), self.children))
-            )
-        except KeyError:
-            return False
+        return (
+            list(map(_training, self.values)) == self.training
+            and not any(self.hooks)
+            and self.submodules == self.submodules_seen
+        )
 
     def is_current_in_full(self) -> bool:
         """is_current, and whether the plain attributes of all modules are what they were; slower."""
@@ -244,11 +312,10 @@ class Plan:
 
 
 _training = operator.itemgetter("training")
-_submodules = operator.itemgetter("_modules")
 
 
 def _is_opaque(module: nn.Module) -> bool:
-    if is_frozen_norm(module):
+    if is_frozen_norm(module) or is_norm_with_activation(module):
         return False
     home = type(module).__module__
     return any(True for _ in module.children()) or not home.startswith(("torch.nn.", "pyvision_kernels.nn."))
@@ -289,7 +356,7 @@ class _Writer:
         self.names: dict[fx.Node, str] = {}
         self.space: dict[str, Any] = {}
         self.lines: list[str] = []
-        self.steps: list[_Step] = []
+        self.steps: list[_Step | _NormStep] = []
         self.arguments = 0
         # Code that asks for the layout of a map gets the layout that it knows.
         self.flows = not any(node.op == "call_method" and node.target in _UNSAFE_METHODS for node in graph.nodes)
@@ -385,7 +452,7 @@ class _Writer:
         return self._call(self._bind(target, "f"), args, kwargs)
 
     def _step(self, node: fx.Node, chain: Chain) -> str:
-        step = _STEPS[type(chain.layer)](chain)
+        step = _STEPS.get(type(chain.layer), _NormStep)(chain)
         self.steps.append(step)
         given = [self.names[chain.input]]
         if chain.residual is not None:
@@ -401,7 +468,8 @@ class _Writer:
     def _output(self, value: Any) -> str:
         if isinstance(value, fx.Node):
             chain = self.chain_at.get(value)
-            if not self.flows or (chain is not None and _leaves(value)) or _holds_outputs(value):
+            emitted = chain is not None and type(chain.layer) is ours.Conv2d
+            if not self.flows or (emitted and _leaves(value)) or _holds_outputs(value):
                 return self.names[value]
             self.space["contiguous"] = _contiguous
             return f"(contiguous({self.names[value]}) if back else {self.names[value]})"

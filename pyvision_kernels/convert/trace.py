@@ -8,6 +8,7 @@ for the graph would hold the answer for ever; and tracing leaves the model as it
 from __future__ import annotations
 
 import inspect
+import operator
 import sys
 import threading
 from collections import OrderedDict
@@ -21,6 +22,7 @@ _LOCK = threading.RLock()  # torch.fx replaces nn.Module.__call__ while it trace
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 EXCLUDED = "_pvk_excluded"  # on a module that convert was told to leave
 _FROZEN = "torchvision.ops.misc.FrozenBatchNorm2d"
+_NORM_ACT = "timm.layers.norm_act.BatchNormAct2d"
 
 
 class NotFollowed(Exception):
@@ -38,8 +40,16 @@ def hooks_of(module: nn.Module) -> list[Any]:
 
 
 def is_frozen_norm(module: nn.Module) -> bool:
-    cls = type(module)
-    return f"{cls.__module__}.{cls.__qualname__}" == _FROZEN
+    return _name_of(module) == _FROZEN
+
+
+def is_norm_with_activation(module: nn.Module) -> bool:
+    """timm's batch norm that is followed by its submodules `drop` and `act`; where nobody watches these."""
+    return _name_of(module) == _NORM_ACT and not any(map(has_hooks, module.children()))
+
+
+def _name_of(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 class _Value(fx.Proxy):
@@ -59,6 +69,18 @@ class _Value(fx.Proxy):
         raise AttributeError("__class__")
 
 
+def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    def record(*args: Any) -> Any:
+        return args[0].tracer.create_proxy("call_function", function, args, {})
+
+    return record
+
+
+# torch.fx takes `x += y` for `x = x + y`, which other names of x would not see, and refuses `x[i] = y`.
+for _operation in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem"):
+    setattr(_Value, f"__{_operation}__", _recorded(getattr(operator, _operation)))
+
+
 class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
@@ -71,11 +93,9 @@ class _Tracer(fx.Tracer):
         return _Value(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        home = type(m).__module__
-        stock = home.startswith(("torch.nn.", "torch.ao.nn.", "pyvision_kernels.nn."))
-        return (
-            EXCLUDED in m.__dict__ or has_hooks(m) or is_frozen_norm(m) or (stock and not isinstance(m, nn.Sequential))
-        )
+        stock = type(m).__module__.startswith(("torch.nn.", "torch.ao.nn.", "pyvision_kernels.nn."))
+        known = is_frozen_norm(m) or is_norm_with_activation(m) or (stock and not isinstance(m, nn.Sequential))
+        return known or EXCLUDED in m.__dict__ or has_hooks(m)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         if threading.get_ident() != self._thread:

@@ -67,7 +67,7 @@ class Layer(nn.Module):
 
 
 def is_for_torch(input: Any) -> bool:
-    """Whether PyTorch's own function is to be called: it casts under autocast, batches under vmap, knows more dtypes."""
+    """Whether PyTorch's own function is to be called: it casts under autocast, knows more dtypes, ..."""
     if torch.compiler.is_compiling():
         return torch.is_autocast_enabled(input.device.type) or input.dtype not in FLOATING
     if type(input) is not Tensor and type(input) is not nn.Parameter:
@@ -76,6 +76,7 @@ def is_for_torch(input: Any) -> bool:
         input.dtype not in _DTYPES
         or torch._C._is_any_autocast_enabled()
         or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._get_tracing_state() is not None
     )
 
 
@@ -85,5 +86,11 @@ def is_traced(input: Any) -> bool:
 
 
 def keeps_packs(layer: nn.Module, weight: Tensor | None) -> bool:
-    """Whether a call may use packed weights: in eval mode, of a parameter, and where no tensor becomes a constant."""
-    return not layer.training and weight is not None and torch._C._get_tracing_state() is None
+    """Whether a call may use packed weights: in eval mode, of a parameter that the layer holds."""
+    return weight is not None and not layer.training
+
+
+def parameter_of(layer: nn.Module, name: str) -> Any:
+    """``layer.<name>``, in a tenth of the time where it is a parameter of its own."""
+    parameters = layer._parameters
+    return parameters[name] if name in parameters else getattr(layer, name)

@@ -9,10 +9,10 @@ import torch.fx
 from torch import Tensor, nn
 
 from pyvision_kernels._packed import PacksOf
-from pyvision_kernels.nn._layer import Layer, is_for_torch, is_traced, keeps_packs
+from pyvision_kernels.nn._layer import Layer, is_for_torch, is_traced, keeps_packs, parameter_of
 from pyvision_kernels.ops.conv2d import conv1d, conv2d, run
 from pyvision_kernels.ops.conv2d.geometry import Geometry
-from pyvision_kernels.ops.conv2d.variants import row_geometry, run_row
+from pyvision_kernels.ops.conv2d.variants import run_row
 
 # Leaves for torch.fx.
 torch.fx.wrap("conv1d")
@@ -28,8 +28,8 @@ def geometry_of(layer: Any) -> Geometry:
     seen, geometry = packs.geometry
     if seen != arguments:
         if isinstance(layer, nn.Conv1d):
-            *rest, (taps,) = arguments
-            geometry = row_geometry(*rest, taps)
+            stride, padding, dilation, groups, mode, (taps,) = arguments
+            geometry = Geometry.of_row(stride, padding, dilation, groups, mode, taps, "conv1d")
         else:
             geometry = Geometry.of(*arguments)
         packs.geometry = arguments, geometry
@@ -60,12 +60,13 @@ class Conv2d(Layer, nn.Conv2d):
             arguments = self.stride, self.padding, self.dilation, self.groups
             options: dict[str, Any] = {"activation": self.activation, "padding_mode": self.padding_mode}
             return conv2d(input, self.weight, self.bias, *arguments, **options)
-        weight = self._parameters.get("weight")
-        packs = self._kept() if keeps_packs(self, weight) else None
-        weight = self.weight if weight is None else weight
+        held = self._parameters.get("weight")
+        packs = self._kept() if keeps_packs(self, held) else None
+        weight: Tensor = self.weight if held is None else held
+        bias = parameter_of(self, "bias")
         maps = input if input.dim() == 4 else input.unsqueeze(0)
         try:
-            output = run(maps, weight, self.bias, geometry_of(self), activation=self.activation, packs=packs)
+            output = run(maps, weight, bias, geometry_of(self), activation=self.activation, packs=packs)
         except (RuntimeError, IndexError):
             super().forward(input)  # where PyTorch refuses the input too, by its words
             raise
@@ -92,11 +93,12 @@ class Conv1d(Layer, nn.Conv1d):
             arguments = self.stride, self.padding, self.dilation, self.groups
             options: dict[str, Any] = {"activation": self.activation, "padding_mode": self.padding_mode}
             return conv1d(input, self.weight, self.bias, *arguments, **options)
-        weight = self._parameters.get("weight")
-        packs = PacksOf(self._kept(), weight) if weight is not None and keeps_packs(self, weight) else None
-        weight = self.weight if weight is None else weight
+        held = self._parameters.get("weight")
+        packs = PacksOf(self._kept(), held) if held is not None and keeps_packs(self, held) else None
+        weight: Tensor = self.weight if held is None else held
+        bias = parameter_of(self, "bias")
         try:
-            return run_row(input, weight, self.bias, geometry_of(self), activation=self.activation, packs=packs)
+            return run_row(input, weight, bias, geometry_of(self), activation=self.activation, packs=packs)
         except (RuntimeError, IndexError):
             super().forward(input)
             raise

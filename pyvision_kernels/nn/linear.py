@@ -7,7 +7,7 @@ from typing import Any
 import torch.fx
 from torch import Tensor, nn
 
-from pyvision_kernels.nn._layer import Layer, is_for_torch, is_traced, keeps_packs
+from pyvision_kernels.nn._layer import Layer, is_for_torch, is_traced, keeps_packs, parameter_of
 from pyvision_kernels.ops.linear import linear, run
 
 # A leaf for torch.fx.
@@ -33,11 +33,12 @@ class Linear(Layer, nn.Linear):
             return self._activated(super().forward(input))
         if is_traced(input):
             return linear(input, self.weight, self.bias, activation=self.activation)
-        weight = self._parameters.get("weight")
-        packs = self._kept() if keeps_packs(self, weight) else None
-        weight = self.weight if weight is None else weight
+        held = self._parameters.get("weight")
+        packs = self._kept() if keeps_packs(self, held) else None
+        weight: Tensor = self.weight if held is None else held
+        bias = parameter_of(self, "bias")
         try:
-            return run(input, weight, self.bias, activation=self.activation, packs=packs)
+            return run(input, weight, bias, activation=self.activation, packs=packs)
         except (RuntimeError, IndexError):
             super().forward(input)  # where PyTorch refuses the input too, by its words
             raise

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.fx
 from torch import Tensor, nn
 
-from pyvision_kernels.ops import ps_roi_align, ps_roi_pool
+from pyvision_kernels.ops.ps_roi_align import ps_roi_align, ps_roi_pool
 
 # A leaf for torch.fx, as torchvision's is.
 torch.fx.wrap("ps_roi_align")

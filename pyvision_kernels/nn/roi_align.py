@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.fx
 from torch import Tensor, nn
 
-from pyvision_kernels.ops import roi_align
+from pyvision_kernels.ops.roi_align import roi_align
 
 # A leaf for torch.fx, as torchvision's is.
 torch.fx.wrap("roi_align")

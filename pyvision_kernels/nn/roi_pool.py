@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.fx
 from torch import Tensor, nn
 
-from pyvision_kernels.ops import roi_pool
+from pyvision_kernels.ops.roi_pool import roi_pool
 
 # A leaf for torch.fx, as torchvision's is.
 torch.fx.wrap("roi_pool")

@@ -1,6 +1,8 @@
 // Binding of conv2d: tensors -> checks -> Conv2dParams -> the backend's kernel.
 #include "ops/conv2d/conv2d.h"
 
+#include <vector>
+
 #include "core/binding.h"
 
 namespace pvk::conv2d {
@@ -10,11 +12,15 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kLargest = int64_t(1) << 31;  // of strides, dilations and paddings: products fit int64
 
-const char* kOp = "conv2d";
-
+// Numbers of pyvision_kernels/ops/conv2d/geometry.py, in its order.
 struct Geometry {
   int64_t stride_h, stride_w, left, right, top, bottom, dilation_h, dilation_w, groups, padding_mode;
 };
+
+Geometry geometry_of(const char* op, const std::vector<int64_t>& n) {
+  PVK_CHECK(n.size() == 10, op, ": expected geometry to have 10 numbers, but got ", n.size());
+  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9]};
+}
 
 void check_weight(const char* op, const Tensor& weight, const Geometry& g) {
   PVK_CHECK(weight.dim() == 4, op, ": expected weight to have 4 dimensions [K, C / groups, R, S], but got ",
@@ -27,40 +33,40 @@ void check_weight(const char* op, const Tensor& weight, const Geometry& g) {
 }
 
 // Rows (or columns) of the result.
-int64_t output_size(const char* axis, int64_t size, int64_t before, int64_t after, int64_t taps, int64_t stride,
-                    int64_t dilation, int64_t mode) {
-  PVK_CHECK(stride > 0 && stride < kLargest, kOp, ": expected stride to be positive, but got ", stride);
-  PVK_CHECK(dilation > 0 && dilation < kLargest, kOp, ": expected dilation to be positive, but got ", dilation);
-  PVK_CHECK(before >= 0 && after >= 0 && before < kLargest && after < kLargest, kOp,
+int64_t output_size(const char* op, const char* axis, int64_t size, int64_t before, int64_t after, int64_t taps,
+                    int64_t stride, int64_t dilation, int64_t mode) {
+  PVK_CHECK(stride > 0 && stride < kLargest, op, ": expected stride to be positive, but got ", stride);
+  PVK_CHECK(dilation > 0 && dilation < kLargest, op, ": expected dilation to be positive, but got ", dilation);
+  PVK_CHECK(before >= 0 && after >= 0 && before < kLargest && after < kLargest, op,
             ": expected padding not to be negative, but got ", before, " and ", after);
   const int64_t most = before > after ? before : after;
   if (PaddingMode(mode) == PaddingMode::kReflect) {
-    PVK_CHECK(most < size || most == 0, kOp, ": expected padding to be below the ", axis, " of input, ", size,
+    PVK_CHECK(most < size || most == 0, op, ": expected padding to be below the ", axis, " of input, ", size,
               ", to reflect it, but got ", most);
   } else if (PaddingMode(mode) == PaddingMode::kCircular) {
-    PVK_CHECK(most <= size, kOp, ": expected padding to be at most the ", axis, " of input, ", size, ", but got ",
-              most);
+    PVK_CHECK(most <= size, op, ": expected padding to be at most the ", axis, " of input, ", size, ", but got ", most);
   } else if (PaddingMode(mode) == PaddingMode::kReplicate) {
-    PVK_CHECK(size > 0 || most == 0, kOp, ": expected input to have a ", axis, " to replicate, but got 0");
+    PVK_CHECK(size > 0 || most == 0, op, ": expected input to have a ", axis, " to replicate, but got 0");
   }
   const int64_t padded = size + before + after, reach = dilation * (taps - 1) + 1;
-  PVK_CHECK(padded >= reach, kOp, ": expected input to have a padded ", axis, " of at least ", reach,
+  PVK_CHECK(padded >= reach, op, ": expected input to have a padded ", axis, " of at least ", reach,
             ", the reach of weight, but got ", padded);
   return (padded - reach) / stride + 1;
 }
 
 // Of one value a channel; makes them contiguous.
-DType check_channels(const char* argument, OptionalTensor& values, const Tensor& input, int64_t channels) {
+DType check_channels(const char* op, const char* argument, OptionalTensor& values, const Tensor& input,
+                     int64_t channels) {
   if (!values) return DType::kFloat32;
-  PVK_CHECK(values->dim() == 1 && values->size(0) == channels, kOp, ": expected ", argument, " to have size [",
-            channels, "], but got ", shape_of(*values));
+  PVK_CHECK(values->dim() == 1 && values->size(0) == channels, op, ": expected ", argument, " to have size [", channels,
+            "], but got ", shape_of(*values));
   PVK_CHECK(values->scalar_type() == input.scalar_type() ||
                 (values->scalar_type() == ScalarType::Float && input.scalar_type() != ScalarType::Double),
-            kOp, ": expected ", argument, " to be ", input.scalar_type(),
+            op, ": expected ", argument, " to be ", input.scalar_type(),
             " as input is, or float32 beside a 16-bit input, but got ", values->scalar_type());
-  check_same_device(kOp, argument, *values, "input", input);
+  check_same_device(op, argument, *values, "input", input);
   if (!values->is_contiguous()) values = torch::stable::contiguous(*values);
-  return dtype_of(kOp, argument, *values);
+  return dtype_of(op, argument, *values);
 }
 
 void fill_weight(Conv2dParams& p, const char* op, const Tensor& weight, const Geometry& g, int64_t algorithm) {
@@ -90,55 +96,57 @@ void fill_weight(Conv2dParams& p, const char* op, const Tensor& weight, const Ge
 }
 
 Tensor forward_op(const Tensor& input, const Tensor& weight, OptionalTensor bias, OptionalTensor scale,
-                  OptionalTensor shift, const OptionalTensor& residual, const OptionalTensor& packed, int64_t stride_h,
-                  int64_t stride_w, int64_t left, int64_t right, int64_t top, int64_t bottom, int64_t dilation_h,
-                  int64_t dilation_w, int64_t groups, int64_t padding_mode, int64_t activation, bool pool,
-                  bool channels_last, int64_t algorithm) {
-  const Geometry g{stride_h, stride_w, left, right, top, bottom, dilation_h, dilation_w, groups, padding_mode};
-  PVK_CHECK(input.dim() == 4, kOp, ": expected input to have 4 dimensions [N, C, H, W], but got ", shape_of(input));
-  check_weight(kOp, weight, g);
-  PVK_CHECK(input.size(1) == weight.size(1) * groups, kOp, ": expected input to have ", weight.size(1) * groups,
+                  OptionalTensor shift, const OptionalTensor& residual, const OptionalTensor& packed,
+                  const std::vector<int64_t>& geometry, int64_t activation, bool pool, bool channels_last,
+                  int64_t algorithm) {
+  const char* const op = pool ? "conv2d_max_pool2d" : "conv2d";
+  const Geometry g = geometry_of(op, geometry);
+  PVK_CHECK(input.dim() == 4, op, ": expected input to have 4 dimensions [N, C, H, W], but got ", shape_of(input));
+  check_weight(op, weight, g);
+  PVK_CHECK(input.size(1) == weight.size(1) * g.groups, op, ": expected input to have ", weight.size(1) * g.groups,
             " channels as weight and groups have, but got ", shape_of(input));
-  PVK_CHECK(input.scalar_type() == weight.scalar_type(), kOp, ": expected weight to be ", input.scalar_type(),
+  PVK_CHECK(input.scalar_type() == weight.scalar_type(), op, ": expected weight to be ", input.scalar_type(),
             " as input is, but got ", weight.scalar_type());
-  check_same_device(kOp, "weight", weight, "input", input);
-  PVK_CHECK(padding_mode >= 0 && padding_mode <= int64_t(PaddingMode::kCircular), kOp,
-            ": expected padding_mode to be 0 to 3, but got ", padding_mode);
-  PVK_CHECK(activation >= 0 && activation <= int64_t(Activation::kSigmoid), kOp,
+  check_same_device(op, "weight", weight, "input", input);
+  PVK_CHECK(g.padding_mode >= 0 && g.padding_mode <= int64_t(PaddingMode::kCircular), op,
+            ": expected padding_mode to be 0 to 3, but got ", g.padding_mode);
+  PVK_CHECK(activation >= 0 && activation <= int64_t(Activation::kSigmoid), op,
             ": expected activation to be 0 to 6, but got ", activation);
   Conv2dParams p{};
   p.N = input.size(0);
   p.H = input.size(2);
   p.W = input.size(3);
-  p.OH = output_size("height", p.H, top, bottom, weight.size(2), stride_h, dilation_h, padding_mode);
-  p.OW = output_size("width", p.W, left, right, weight.size(3), stride_w, dilation_w, padding_mode);
-  p.padding_top = top;
-  p.padding_left = left;
-  p.padding_mode = PaddingMode(padding_mode);
+  p.OH = output_size(op, "height", p.H, g.top, g.bottom, weight.size(2), g.stride_h, g.dilation_h, g.padding_mode);
+  p.OW = output_size(op, "width", p.W, g.left, g.right, weight.size(3), g.stride_w, g.dilation_w, g.padding_mode);
+  PVK_CHECK(!pool || (p.OH > 1 && p.OW > 1), op, ": expected at least 2 x 2 pixels to pool, but got [", p.OH, ", ",
+            p.OW, "]");
+  p.padding_top = g.top;
+  p.padding_left = g.left;
+  p.padding_mode = PaddingMode(g.padding_mode);
   p.activation = Activation(activation);
   p.pool = pool;
   const int64_t channels = weight.size(0);
-  p.bias_dtype = check_channels("bias", bias, input, channels);
-  p.scale_dtype = check_channels("scale", scale, input, channels);
-  const DType shift_dtype = check_channels("shift", shift, input, channels);
-  PVK_CHECK(!scale || !shift || p.scale_dtype == shift_dtype, kOp, ": expected shift to be ", scale->scalar_type(),
+  p.bias_dtype = check_channels(op, "bias", bias, input, channels);
+  p.scale_dtype = check_channels(op, "scale", scale, input, channels);
+  const DType shift_dtype = check_channels(op, "shift", shift, input, channels);
+  PVK_CHECK(!scale || !shift || p.scale_dtype == shift_dtype, op, ": expected shift to be ", scale->scalar_type(),
             " as scale is, but got ", shift->scalar_type());
   if (shift) p.scale_dtype = shift_dtype;
   if (residual) {
     PVK_CHECK(residual->dim() == 4 && residual->size(0) == p.N && residual->size(1) == channels &&
                   residual->size(2) == p.OH && residual->size(3) == p.OW,
-              kOp, ": expected residual to have size [", p.N, ", ", channels, ", ", p.OH, ", ", p.OW, "], but got ",
+              op, ": expected residual to have size [", p.N, ", ", channels, ", ", p.OH, ", ", p.OW, "], but got ",
               shape_of(*residual));
-    PVK_CHECK(residual->scalar_type() == input.scalar_type(), kOp, ": expected residual to be ", input.scalar_type(),
+    PVK_CHECK(residual->scalar_type() == input.scalar_type(), op, ": expected residual to be ", input.scalar_type(),
               " as input is, but got ", residual->scalar_type());
-    check_same_device(kOp, "residual", *residual, "input", input);
+    check_same_device(op, "residual", *residual, "input", input);
   }
   const DeviceScope scope(input);
-  fill_weight(p, kOp, weight, g, algorithm);
+  fill_weight(p, op, weight, g, algorithm);
   if (packed) {
-    check_same_device(kOp, "packed", *packed, "input", input);
+    check_same_device(op, "packed", *packed, "input", input);
     const int64_t bytes = packed_bytes(p, scope.stream());
-    PVK_CHECK(packed->scalar_type() == ScalarType::Byte && packed->is_contiguous() && packed->numel() == bytes, kOp,
+    PVK_CHECK(packed->scalar_type() == ScalarType::Byte && packed->is_contiguous() && packed->numel() == bytes, op,
               ": expected packed to be ", bytes, " bytes of this weight and algorithm, but got ", shape_of(*packed));
     if (bytes > 0) p.packed = data_of(*packed);
   }
@@ -160,10 +168,9 @@ Tensor forward_op(const Tensor& input, const Tensor& weight, OptionalTensor bias
   return output;
 }
 
-Tensor pack_op(const Tensor& weight, int64_t stride_h, int64_t stride_w, int64_t dilation_h, int64_t dilation_w,
-               int64_t groups, int64_t algorithm) {
+Tensor pack_op(const Tensor& weight, const std::vector<int64_t>& geometry, int64_t algorithm) {
   constexpr const char* kPack = "_conv2d_pack";
-  const Geometry g{stride_h, stride_w, 0, 0, 0, 0, dilation_h, dilation_w, groups, 0};
+  const Geometry g = geometry_of(kPack, geometry);
   check_weight(kPack, weight, g);
   PackParams p{};
   const DeviceScope scope(weight);

@@ -1,7 +1,8 @@
 // Depthwise convolution on the CPU, channels_last, registers along C; and the choice between it and planes (NCHW).
 //
 // A task owns a band of output rows at a block of channels, and goes down it by columns of tiles: the input rows of a
-// tile stay in the first-level cache until the next row of tiles has used them.
+// tile stay in the first-level cache until the next row of tiles has used them. Maps of another layout, and those of
+// 16 bits, are brought into scratch first, a band at a time; then it is the same kernel.
 #include "core/buffer.h"
 #include "core/dispatch.h"
 #include "core/epilogue.h"
@@ -9,118 +10,24 @@
 #include "core/simd.h"
 #include "core/transpose.h"
 #include "ops/conv2d/depthwise.h"
+#include "ops/conv2d/depthwise_tile.h"
 
 namespace pvk::conv2d::PVK_ISA {
 namespace {
 
-// Output columns of a register tile. AVX2's 16 registers hold 8 sums, a row of up to 7 weights and an input.
-constexpr int kColumns = 8;
-constexpr int64_t kBlockBytes = 20 << 10;    // of the input rows that a column of tiles keeps in the first-level cache
-constexpr int64_t kTurnedBytes = 128 << 10;  // of the input that a task turns into scratch
+constexpr int64_t kBlockBytes = 20 << 10;     // of the input rows that a column of tiles keeps in the first-level cache
+constexpr int64_t kTurnedBytes = 256 << 10;   // of the input that a task turns into scratch
+constexpr int64_t kBandOutputs = 64 << 10;    // that a task writes, about
+constexpr int64_t kStreamedBytes = 12 << 20;  // of outputs that go past the caches
+constexpr int64_t kSmallWork = 1 << 18;       // multiply-adds that waking a thread is not worth
 
-// kColumns outputs of a row, at a block of channels.
+// Whether outputs are whole lines, and too many to be found in a cache by what reads them.
 template <typename scalar_t>
-struct Tile {
-  using T = opmath_t<scalar_t>;
-  const scalar_t* input;
-  const T* weight;         // [R * S][pitch]
-  const int64_t* rows;     // tap r reads rows[r * row_step]
-  const int64_t* columns;  // tap s of output o reads columns[o * stride + s * column_step]
-  int64_t R, S, row_step, column_step, stride, pitch;
-};
-
-// A row of taps: each input register is loaded once and goes into every sum that it is part of.
-template <int S, int kStride, typename T, typename scalar_t>
-PVK_INLINE void add_row(Vec<T>* sums, const scalar_t* row, const int64_t* columns, const T* weight, int64_t pitch) {
-  Vec<T> w[S];
-#pragma GCC unroll 8
-  for (int s = 0; s < S; ++s) w[s] = load(weight + s * pitch);
-#pragma GCC unroll 32
-  for (int i = 0; i < (kColumns - 1) * kStride + S; ++i) {
-    if (columns[i] < 0) continue;
-    const Vec<T> x = load(row + columns[i]);
-#pragma GCC unroll 8
-    for (int s = 0; s < S; ++s) {
-      if (i >= s && (i - s) % kStride == 0 && (i - s) / kStride < kColumns)
-        sums[(i - s) / kStride] = fma(x, w[s], sums[(i - s) / kStride]);
-    }
-  }
-}
-
-// The same for any kernel size, stride and dilation.
-template <typename T, typename scalar_t>
-PVK_INLINE void add_any_row(Vec<T>* sums, const scalar_t* row, const Tile<scalar_t>& tile, const T* weight) {
-  for (int64_t s = 0; s < tile.S; ++s) {
-    const Vec<T> w = load(weight + s * tile.pitch);
-    const int64_t* column = tile.columns + s * tile.column_step;
-#pragma GCC unroll 8
-    for (int o = 0; o < kColumns; ++o, column += tile.stride)
-      if (*column >= 0) sums[o] = fma(load(row + *column), w, sums[o]);
-  }
-}
-
-template <int S, int kStride, typename T, typename scalar_t>
-PVK_INLINE void convolve(Vec<T>* sums, const Tile<scalar_t>& tile, int64_t c) {
-#pragma GCC unroll 8
-  for (int o = 0; o < kColumns; ++o) sums[o] = Vec<T>{};
-  for (int64_t r = 0; r < tile.R; ++r) {
-    const int64_t row = tile.rows[r * tile.row_step];
-    if (row < 0) continue;
-    const scalar_t* x = tile.input + row + c;
-    const T* w = tile.weight + r * tile.S * tile.pitch + c;
-    if constexpr (S > 0) {
-      add_row<S, kStride, T>(sums, x, tile.columns, w, tile.pitch);
-    } else {
-      add_any_row<T>(sums, x, tile, w);
-    }
-  }
-}
-
-// Registers of `channels`, the last one overlapping the one before.
-template <typename T, typename Body>
-PVK_INLINE void for_registers(int64_t channels, const Body& body) {
-  for (int64_t c = 0; c < channels; c += kLanes<T>)
-    body(c + kLanes<T> <= channels || channels < kLanes<T> ? c : channels - kLanes<T>);
-}
-
-// Where the outputs of a tile go: finished, or as sums [o][c * M] of one m.
-template <typename scalar_t>
-struct Outputs {
-  using T = opmath_t<scalar_t>;
-  scalar_t* output;  // null: to sums
-  int64_t pitch;
-  int count;
-  const T *scale, *shift;
-  T* sums;
-  int64_t sums_pitch, M;
-};
-
-template <int S, int kStride, typename scalar_t, typename T>
-void convolve_tile(const Tile<scalar_t>& tile, int64_t channels, const Outputs<scalar_t>& out,
-                   const CheapActivation<T>& activation) {
-  for_registers<T>(channels, [&](int64_t c) __attribute__((always_inline)) {
-    Vec<T> sums[kColumns];
-    convolve<S, kStride, T>(sums, tile, c);
-    if (out.output != nullptr) {
-      const Vec<T> scale = load(out.scale + c), shift = load(out.shift + c);
-#pragma GCC unroll 8
-      for (int o = 0; o < kColumns; ++o) sums[o] = fma(sums[o], scale, shift);
-      activation.apply(sums);
-      scalar_t* target = out.output + c;
-#pragma GCC unroll 8
-      for (int o = 0; o < kColumns; ++o, target += out.pitch)
-        if (o < out.count) store(target, sums[o]);
-    } else if (out.M == 1) {
-#pragma GCC unroll 8
-      for (int o = 0; o < kColumns; ++o) store(out.sums + o * out.sums_pitch + c, sums[o]);
-    } else {
-      T lanes[kColumns][kLanes<T>];
-#pragma GCC unroll 8
-      for (int o = 0; o < kColumns; ++o) store(lanes[o], sums[o]);
-      for (int o = 0; o < kColumns; ++o)
-        for (int i = 0; i < kLanes<T>; ++i) out.sums[o * out.sums_pitch + (c + i) * out.M] = lanes[o][i];
-    }
-  });
+bool streams_outputs(const Conv2dParams& p) {
+  constexpr int64_t kLine = 64, kSize = sizeof(scalar_t);
+  if (kRegisterBytes != kLine || kSize < 4 || p.N * p.K * p.OH * p.OW * kSize < kStreamedBytes) return false;
+  const int64_t offsets = p.output_stride[0] | p.output_stride[2] | p.output_stride[3] | p.C;
+  return (offsets * kSize | int64_t(reinterpret_cast<uintptr_t>(p.output))) % kLine == 0;
 }
 
 // rows [2][columns][pitch] of finished outputs to [columns / 2] pooled ones.
@@ -163,13 +70,14 @@ struct Call {
   const Epilogue<T>& epilogue;
   const CheapActivation<T>& activation;
   int64_t M;
+  bool streams;
 };
 
 // A band of output rows of a block of channels, both channels_last.
 template <typename scalar_t>
 struct Band {
-  const scalar_t* input;  // of the block's first channel, at the row and column of offset 0
-  scalar_t* output;       // of the block's first channel, at row 0
+  const opmath_t<scalar_t>* input;  // of the block's first channel, at the row and column of offset 0
+  scalar_t* output;                 // of the block's first channel, at row 0
   int64_t output_row, output_pixel;
   const scalar_t* residual;  // the same, of the strides of p, or null
   int64_t c, channels, first, last;
@@ -185,7 +93,7 @@ void convolve_band(const Call<scalar_t>& call, const Band<scalar_t>& band, Buffe
   const int64_t pitch = ceil_div(outputs, int64_t(kLanes<T>)) * kLanes<T> * (call.M > 1 ? call.M : 1);
   if (!direct) sums.reserve(kColumns * pitch);
   if (p.pool) finished.reserve(2 * kColumns * pitch);
-  Tile<scalar_t> tile;
+  DepthwiseTile<T> tile;
   tile.input = band.input;
   tile.R = p.R;
   tile.S = p.S;
@@ -193,18 +101,30 @@ void convolve_band(const Call<scalar_t>& call, const Band<scalar_t>& band, Buffe
   tile.column_step = p.dilation[1];
   tile.stride = p.stride[1];
   tile.pitch = call.pitch;
-  Outputs<scalar_t> out{};
+  DepthwiseOutputs<scalar_t> out{};
   out.pitch = band.output_pixel;
   out.scale = call.epilogue.scale() + band.c;
   out.shift = call.epilogue.shift() + band.c;
   out.sums_pitch = pitch;
   out.M = call.M;
+  out.streams = call.streams;
   for (int64_t ow = 0; ow < OW; ow += kColumns) {
     tile.columns = call.columns + ow * p.stride[1];
     out.count = int(min_of(int64_t(kColumns), OW - ow));
     for (int64_t oh = band.first; oh < band.last; ++oh) {
       tile.rows = call.rows + oh * p.stride[0];
       tile.weight = call.weight + band.c;
+      if (oh + 1 < band.last) {
+        tile.ahead = tile.rows + (p.R - 1) * p.dilation[0] + 1;
+        tile.ahead_columns = tile.columns;
+        tile.ahead_count = p.stride[0];
+        tile.ahead_step = 1;
+      } else {
+        tile.ahead = call.rows + band.first * p.stride[0];
+        tile.ahead_columns = tile.columns + kColumns * p.stride[1];
+        tile.ahead_count = ow + kColumns < OW ? p.R : 0;
+        tile.ahead_step = p.dilation[0];
+      }
       scalar_t* const target = band.output + oh * band.output_row + ow * band.output_pixel;
       if (direct) {
         out.output = target;
@@ -269,12 +189,19 @@ int64_t whole_rows(const Conv2dParams& p) {
   return p.pool ? p.OH / 2 * 2 : p.OH;
 }
 
-// An even number of rows to a band, so that there are several tasks to a thread.
+// Tasks to a piece of work: all of them where waking a thread is not worth it.
+int64_t tasks_together(const Conv2dParams& p, int64_t tasks) {
+  return p.N * p.K * p.OH * p.OW * p.R * p.S < kSmallWork ? tasks : 1;
+}
+
+// An even number of rows to a band: several tasks to a thread, and outputs that are written about in order, which pages
+// that are new like.
 int64_t band_of(const Conv2dParams& p, int64_t blocks) {
   const int64_t OH = whole_rows(p), threads = thread_count();
-  if (threads == 1) return max_of(OH, int64_t(1));
   const int64_t wanted = ceil_div(threads * 6, max_of(int64_t(1), p.N * blocks));
-  return max_of(int64_t(4), ceil_div(ceil_div(OH, wanted), int64_t(2)) * 2);
+  const int64_t fair = threads == 1 ? OH : ceil_div(OH, wanted);
+  const int64_t longest = kBandOutputs / max_of(p.OW * p.K, int64_t(1));
+  return max_of(int64_t(4), ceil_div(min_of(fair, longest), int64_t(2)) * 2);
 }
 
 template <typename scalar_t>
@@ -293,8 +220,10 @@ void run_in_place(Call<scalar_t> call, const TapTable& rows, const TapTable& col
   const TapOffsets row_offsets(rows, p.input_stride[2]), column_offsets(columns, p.input_stride[3]);
   call.rows = row_offsets.data();
   call.columns = column_offsets.data();
+  call.streams = streams_outputs<scalar_t>(p);
   const ConvolveBand<scalar_t> convolve = choose<scalar_t>(p);
-  parallel_for(p.N * bands * blocks.count, 1, [&](int64_t begin, int64_t end) {
+  const int64_t tasks = p.N * bands * blocks.count;
+  parallel_for(tasks, tasks_together(p, tasks), [&](int64_t begin, int64_t end) {
     Buffer<T> sums;
     Buffer<scalar_t> finished;
     for (int64_t task = begin; task < end; ++task) {
@@ -311,53 +240,61 @@ void run_in_place(Call<scalar_t> call, const TapTable& rows, const TapTable& col
       part.last = min_of(part.first + band, OH);
       convolve(call, part, sums, finished);
     }
+    if (call.streams) end_of_streams();
   });
 }
 
-// tile[pixel][channel] = source, or back; a row at a time, or all at once where rows follow each other.
-template <typename scalar_t, bool kLoad>
-void turn(scalar_t* tile, int64_t pitch, scalar_t* map, const int64_t* stride, int64_t channels, int64_t rows,
-          int64_t columns) {
+// tile[pixel][channel] = map, converted; all rows at once where they follow each other.
+template <typename scalar_t, typename T>
+void turn_in(T* tile, int64_t pitch, const scalar_t* map, const int64_t* stride, int64_t channels, int64_t rows,
+             int64_t columns) {
+  const bool joined = stride[2] == columns * stride[3];
+  const int64_t runs = joined ? 1 : rows, pixels = joined ? rows * columns : columns;
+  for (int64_t run = 0; run < runs; ++run, map += stride[2], tile += pixels * pitch) {
+    if (stride[1] != 1) {
+      load_tile(tile, pitch, map, stride[1], stride[3], channels, pixels);
+    } else {
+      for (int64_t i = 0; i < pixels; ++i)
+        for_registers<T>(channels, [&](int64_t c) { store(tile + i * pitch + c, load(map + i * stride[3] + c)); });
+    }
+  }
+}
+
+// The way back.
+template <typename scalar_t>
+void turn_out(const scalar_t* tile, int64_t pitch, scalar_t* map, const int64_t* stride, int64_t channels, int64_t rows,
+              int64_t columns) {
   using T = opmath_t<scalar_t>;
   const bool joined = stride[2] == columns * stride[3];
   const int64_t runs = joined ? 1 : rows, pixels = joined ? rows * columns : columns;
   for (int64_t run = 0; run < runs; ++run, map += stride[2], tile += pixels * pitch) {
     if constexpr (sizeof(scalar_t) == sizeof(T)) {
-      if constexpr (kLoad) {
-        load_tile<scalar_t, T>(tile, pitch, map, stride[1], stride[3], channels, pixels);
-      } else {
-        store_tile<scalar_t, T>(map, tile, pitch, stride[1], stride[3], channels, pixels);
-      }
+      store_tile(map, tile, pitch, stride[1], stride[3], channels, pixels);
     } else {
       constexpr int64_t kPart = 64;
       alignas(64) T part[kPart * kPart];
       for (int64_t c = 0; c < channels; c += kPart) {
         for (int64_t i = 0; i < pixels; i += kPart) {
           const int64_t count = min_of(kPart, pixels - i), lanes = min_of(kPart, channels - c);
-          scalar_t* const here = map + c * stride[1] + i * stride[3];
-          scalar_t* const there = tile + i * pitch + c;
-          if constexpr (kLoad) {
-            load_tile(part, kPart, here, stride[1], stride[3], lanes, count);
-            store_tile(there, part, kPart, 1, pitch, lanes, count);
-          } else {
-            load_tile(part, kPart, there, 1, pitch, lanes, count);
-            store_tile(here, part, kPart, stride[1], stride[3], lanes, count);
-          }
+          load_tile(part, kPart, tile + i * pitch + c, 1, pitch, lanes, count);
+          store_tile(map + c * stride[1] + i * stride[3], part, kPart, stride[1], stride[3], lanes, count);
         }
       }
     }
   }
 }
 
-// Any layouts: a task turns its part of the input into scratch, and its outputs back.
+// Any layouts and types: a task brings its part of the input into scratch, and its outputs back.
 template <typename scalar_t>
 void run_turned(Call<scalar_t> call, const TapTable& rows, const TapTable& columns) {
   using T = opmath_t<scalar_t>;
   const Conv2dParams& p = call.p;
   const int64_t OH = whole_rows(p), M = call.M, OW = p.pool ? p.OW / 2 : p.OW;
-  const Blocks blocks(p.C, min_of(p.C, int64_t(2 * kLanes<T>)), kLanes<T>);
+  const bool reads_runs = p.input_stride[1] == 1, writes_straight = p.output_stride[1] == 1;
+  const int64_t wanted = (reads_runs && writes_straight ? 4 : 2) * kLanes<T>;
+  const Blocks blocks(p.C, min_of(p.C, wanted), kLanes<T>);
   const int64_t pitch = ceil_div(blocks.largest(), int64_t(kLanes<T>)) * kLanes<T>;
-  const int64_t row_bytes = p.W * pitch * int64_t(sizeof(scalar_t));
+  const int64_t row_bytes = p.W * pitch * int64_t(sizeof(T));
   // Rows that fit, with those above and below; all of them where padding may read any.
   const int64_t halo = (p.R - 1) * p.dilation[0] + 1;
   int64_t band = max_of(int64_t(8), (kTurnedBytes / max_of(row_bytes, int64_t(1)) - halo) / p.stride[0] / 2 * 2);
@@ -368,9 +305,10 @@ void run_turned(Call<scalar_t> call, const TapTable& rows, const TapTable& colum
   call.rows = row_offsets.data();
   call.columns = column_offsets.data();
   const ConvolveBand<scalar_t> convolve = choose<scalar_t>(p);
-  parallel_for(p.N * bands * blocks.count, 1, [&](int64_t begin, int64_t end) {
-    Buffer<T> sums;
-    Buffer<scalar_t> finished, input, output;
+  const int64_t tasks = p.N * bands * blocks.count;
+  parallel_for(tasks, tasks_together(p, tasks), [&](int64_t begin, int64_t end) {
+    Buffer<T> sums, input;
+    Buffer<scalar_t> finished, output;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / (bands * blocks.count), b = task % blocks.count, c = blocks.begin(b);
       Band<scalar_t> part;
@@ -386,20 +324,25 @@ void run_turned(Call<scalar_t> call, const TapTable& rows, const TapTable& colum
       input.reserve((last - first) * p.W * pitch);
       const scalar_t* const source = static_cast<const scalar_t*>(p.input) + n * p.input_stride[0] +
                                      c * p.input_stride[1] + first * p.input_stride[2];
-      turn<scalar_t, true>(input.data(), pitch, const_cast<scalar_t*>(source), p.input_stride, part.channels,
-                           last - first, p.W);
+      turn_in(input.data(), pitch, source, p.input_stride, part.channels, last - first, p.W);
       const int64_t first_row = p.pool ? part.first / 2 : part.first, last_row = p.pool ? part.last / 2 : part.last;
-      output.reserve((last_row - first_row) * OW * pitch * M);
+      scalar_t* const image = static_cast<scalar_t*>(p.output) + n * p.output_stride[0] + c * M * p.output_stride[1];
       part.input = input.data() - first * p.W * pitch;
+      part.residual = residual_of<scalar_t>(p, n, c * M);
+      if (writes_straight) {
+        part.output = image;
+        part.output_row = p.output_stride[2];
+        part.output_pixel = p.output_stride[3];
+        convolve(call, part, sums, finished);
+        continue;
+      }
+      output.reserve((last_row - first_row) * OW * pitch * M);
       part.output = output.data() - first_row * OW * pitch * M;
       part.output_row = OW * pitch * M;
       part.output_pixel = pitch * M;
-      part.residual = residual_of<scalar_t>(p, n, c * M);
       convolve(call, part, sums, finished);
-      scalar_t* const target = static_cast<scalar_t*>(p.output) + n * p.output_stride[0] + c * M * p.output_stride[1] +
-                               first_row * p.output_stride[2];
-      turn<scalar_t, false>(output.data(), pitch * M, target, p.output_stride, part.channels * M, last_row - first_row,
-                            OW);
+      turn_out(output.data(), pitch * M, image + first_row * p.output_stride[2], p.output_stride, part.channels * M,
+               last_row - first_row, OW);
     }
   });
 }
@@ -439,13 +382,12 @@ void forward_typed(const Conv2dParams& p) {
   if (p.C < kLanes<T>) return depthwise_planes<scalar_t>(p, weight, pitch);
   const Epilogue<T> epilogue(p.K, p.bias, p.bias_dtype, p.scale, p.shift, p.scale_dtype, p.activation);
   const CheapActivation<T> activation(p.activation);
-  const TapTable rows(p, 0, 0), columns(p, 1, kColumns * p.stride[1]);
-  const Call<scalar_t> call{p, weight, pitch, nullptr, nullptr, epilogue, activation, M};
-  if (p.input_stride[1] == 1 && p.output_stride[1] == 1) {
-    run_in_place(call, rows, columns);
-  } else {
-    run_turned(call, rows, columns);
+  const TapTable rows(p, 0, p.stride[0]), columns(p, 1, kColumns * p.stride[1]);
+  const Call<scalar_t> call{p, weight, pitch, nullptr, nullptr, epilogue, activation, M, false};
+  if constexpr (sizeof(scalar_t) == sizeof(T)) {
+    if (p.input_stride[1] == 1 && p.output_stride[1] == 1) return run_in_place(call, rows, columns);
   }
+  run_turned(call, rows, columns);
 }
 
 }  // namespace

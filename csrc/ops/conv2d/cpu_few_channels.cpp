@@ -30,10 +30,11 @@ constexpr int kPixels[] = {0, 6, 6};
 constexpr int kVectors = 2;
 constexpr int kPixels[] = {0, 4, 4};
 #endif
-constexpr int64_t kChunk = 48;  // pixels that are finished at a time: a multiple of all of those, and of pooling's 4
+constexpr int64_t kChunk = 96;  // pixels that are finished at a time: a multiple of all of those, and of pooling's 4
 constexpr int64_t kSpare = 8;   // that a tile may take beyond
 constexpr int64_t kBandBytes = 192 << 10;
 constexpr int64_t kBandRows = 8;
+constexpr int64_t kSmallWork = 1 << 18;  // multiply-adds that waking a thread is not worth
 
 // Registers of output channels dealt out to panels evenly: [first, last) of panel i, in channels.
 struct Panels {
@@ -203,7 +204,9 @@ class FewChannels {
     layout_.channel_step = channels_first ? columns_.needed() : 1;
     layout_.row_pitch = columns_.needed() * p.C;
     const int64_t row_bytes = layout_.row_pitch * p.stride[0] * int64_t(sizeof(T));
-    band_ = max_of(int64_t(2), min_of(kBandBytes / row_bytes, kBandRows) / 2 * 2);
+    const int64_t fair = ceil_div(p.N * p.OH, thread_count() * 4);  // several bands to a thread
+    const int64_t rows = min_of(min_of(kBandBytes / max_of(row_bytes, int64_t(1)), kBandRows), fair);
+    band_ = max_of(int64_t(2), rows / 2 * 2);
     layout_.rows = (band_ - 1) * p.stride[0] + (p.R - 1) * p.dilation[0] + 1;
     for (int64_t t = 0; t < taps_; ++t) {
       const int64_t r = t / (p.S * p.C), s = t / p.C % p.S, c = t % p.C;
@@ -221,7 +224,8 @@ class FewChannels {
     const int64_t bands = ceil_div(OH_, band_);
     const int64_t wanted = ceil_div(thread_count() == 1 ? 1 : thread_count() * 6, max_of(p_.N * bands, int64_t(1)));
     const int64_t groups = max_of(int64_t(1), min_of(wanted, panels_.count));
-    parallel_for(p_.N * bands * groups, 1, [&](int64_t begin, int64_t end) {
+    const int64_t tasks = p_.N * bands * groups, work = p_.N * p_.OH * p_.OW * p_.K * taps_;
+    parallel_for(tasks, work < kSmallWork ? tasks : 1, [&](int64_t begin, int64_t end) {
       Scratch scratch;
       scratch.band.reserve(layout_.rows * layout_.row_pitch);
       int64_t filled = -1;

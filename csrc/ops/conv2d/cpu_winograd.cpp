@@ -20,11 +20,11 @@ namespace {
 
 using namespace pvk::PVK_ISA;
 
-constexpr int kStripTiles = 7;                // tiles of a row whose shared columns are transformed once
-constexpr int64_t kBlockBytes = 512 << 10;    // of V, where a thread keeps it to itself
-constexpr int64_t kSharedBytes = 8 << 20;     // of V, where threads share it
-constexpr int64_t kLeastTiles = 24;           // below, fetching the weights takes longer than multiplying
-constexpr int64_t kMostTiles = 56;            // above, M leaves the core's cache
+constexpr int kStripTiles = 7;              // tiles of a row whose shared columns are transformed once
+constexpr int64_t kBlockBytes = 512 << 10;  // of V, where a thread keeps it to itself
+constexpr int64_t kSharedBytes = 8 << 20;   // of V, where threads share it
+constexpr int64_t kLeastTiles = 24;         // below, fetching the weights takes longer than multiplying
+constexpr int64_t kMostTiles = 56;          // above, M leaves the core's cache
 constexpr int64_t kPackChannels = 16;
 
 // Panels of kPanel outputs: [ceil(K / kPanel)][elements of a tile][C][kPanel].
@@ -38,19 +38,30 @@ struct PackedWeights {
   static void pack(const Conv2dParams& p, T* target) {
     const int64_t chunks = ceil_div(p.C, kPackChannels);
     parallel_for(ceil_div<int64_t>(p.K, kPanel) * chunks, 1, [&](int64_t begin, int64_t end) {
-      Buffer<T> taps(9 * kPackChannels * kPanel);
+      Buffer<T> taps(kTaps);
       for (int64_t job = begin; job < end; ++job) {
         const int64_t panel = job / chunks, c = job % chunks * kPackChannels;
         pack_part<scalar_t>(p, panel * kPanel, c, min_of(kPackChannels, p.C - c), taps.data(),
-                            target + (panel * kElements * p.C + c) * kPanel);
+                            target + (panel * kElements * p.C + c) * kPanel, p.C);
       }
     });
   }
 
+  // [elements of a tile][channels][kPanel] of one panel, for channels from c on. taps: kTaps elements of scratch.
+  template <typename scalar_t>
+  static void pack_chunk(const Conv2dParams& p, int64_t panel, int64_t c, int64_t channels, T* taps, T* target) {
+    for (int64_t i = 0; i < channels; i += kPackChannels)
+      pack_part<scalar_t>(p, panel * kPanel, c + i, min_of(kPackChannels, channels - i), taps, target + i * kPanel,
+                          channels);
+  }
+  static constexpr int64_t kTaps = 9 * kPackChannels * kPanel;
+
  private:
+  // To every `pitch` * kPanel elements of target.
   // taps: [channel][tap][kPanel], or [tap][channel][kPanel] where that is the weight's order in memory.
   template <typename scalar_t>
-  static void pack_part(const Conv2dParams& p, int64_t first, int64_t c, int64_t channels, T* taps, T* target) {
+  static void pack_part(const Conv2dParams& p, int64_t first, int64_t c, int64_t channels, T* taps, T* target,
+                        int64_t pitch) {
     const int64_t* const stride = p.weight_stride;
     const scalar_t* const source = static_cast<const scalar_t*>(p.weight) + first * stride[0] + c * stride[1];
     const int64_t outputs = min_of<int64_t>(kPanel, p.K - first);
@@ -86,11 +97,32 @@ struct PackedWeights {
           Vec<T> result[kIn];
           Winograd<kOut>::template weight<T>(rows[r], result);
 #pragma GCC unroll 6
-          for (int s = 0; s < kIn; ++s) store(to + (r * kIn + s) * p.C * kPanel, result[s]);
+          for (int s = 0; s < kIn; ++s) store(to + (r * kIn + s) * pitch * kPanel, result[s]);
         }
       }
     }
   }
+};
+
+// Memory of each thread that works at a time: one allocation, so that pages are not returned between blocks.
+template <typename T>
+class Scratch {
+ public:
+  Scratch(int64_t threads, int64_t each) : threads_(threads), each_(each), data_(threads * each), taken_(threads) {
+    for (int64_t i = 0; i < threads; ++i) taken_[i] = 0;
+  }
+
+  int64_t take() {
+    for (int64_t i = 0;; i = i + 1 < threads_ ? i + 1 : 0)
+      if (__atomic_exchange_n(&taken_[i], char(1), __ATOMIC_ACQUIRE) == 0) return i;
+  }
+  void give_back(int64_t slot) { __atomic_store_n(&taken_[slot], char(0), __ATOMIC_RELEASE); }
+  T* of(int64_t slot) { return &data_[slot * each_]; }
+
+ private:
+  const int64_t threads_, each_;
+  Buffer<T> data_;
+  Buffer<char> taken_;
 };
 
 template <typename T>
@@ -109,6 +141,7 @@ template <typename scalar_t, int kOut>
 class Convolution {
  public:
   using T = opmath_t<scalar_t>;
+  using Packed = PackedWeights<T, kOut>;
   static constexpr int kIn = kOut + 2, kElements = kIn * kIn;
 
   explicit Convolution(const Conv2dParams& params)
@@ -116,41 +149,47 @@ class Convolution {
         tile_rows_(ceil_div<int64_t>(p.OH, kOut)),
         tile_columns_(ceil_div<int64_t>(p.OW, kOut)),
         tiles_(p.N * tile_rows_ * tile_columns_),
-        pitch_(ceil_div<int64_t>(p.C, kLanes<T>) * kLanes<T>),
+        pitch_(whole(p.C)),
         epilogue_(p.K, p.bias, p.bias_dtype, p.scale, p.shift, p.scale_dtype, p.activation),
         zeros_(pitch_) {
     for (int64_t c = 0; c < pitch_; ++c) zeros_[c] = scalar_t{};
   }
 
   void run() {
-    Buffer<T> own;
-    weights_ = static_cast<const T*>(p.packed);
-    if (weights_ == nullptr) {
-      own.reserve(PackedWeights<T, kOut>::count(p));
-      PackedWeights<T, kOut>::template pack<scalar_t>(p, own.data());
-      weights_ = own.data();
-    }
     const int64_t threads = thread_count();
     const int64_t tile_bytes = kElements * pitch_ * int64_t(sizeof(T));
     const int64_t fitting = min_of(kBlockBytes / tile_bytes, kMostTiles);
-    if (fitting >= kLeastTiles && tiles_ >= threads * kLeastTiles) {
-      const int64_t blocks = ceil_div(ceil_div(tiles_, fitting), threads) * threads;
-      run_apart(ceil_div(tiles_, blocks));
-    } else {
-      const int64_t most = max_of(kSharedBytes / tile_bytes, kLeastTiles);
+    const bool apart = fitting >= kLeastTiles && tiles_ >= threads * kLeastTiles;
+    const int64_t most = apart ? fitting : max_of(kSharedBytes / tile_bytes, kLeastTiles);
+    Buffer<T> own;
+    weights_ = static_cast<const T*>(p.packed);
+    if (weights_ == nullptr && (apart || tiles_ > most || ceil_div<int64_t>(p.K, kPanel) < threads)) {
+      own.reserve(Packed::count(p));
+      Packed::template pack<scalar_t>(p, own.data());
+      weights_ = own.data();
+    }
+    if (apart) {
+      run_apart(ceil_div(tiles_, ceil_div(ceil_div(tiles_, most), threads) * threads), threads);
+    } else if (weights_ != nullptr) {
       run_together(ceil_div(tiles_, ceil_div(tiles_, most)), threads);
+    } else {
+      run_unpacked(threads);
     }
   }
 
  private:
   // Each thread takes blocks of tiles through all steps.
-  void run_apart(int64_t block) {
+  void run_apart(int64_t block, int64_t threads) {
+    const int64_t plane = plane_of(block, pitch_), sums_plane = plane_of(block, kPanel);
+    Scratch<T> scratch(threads, kElements * (plane + sums_plane));
     parallel_for(tiles_, block, [&](int64_t begin, int64_t end) {
-      const int64_t plane = plane_of(block, pitch_), sums_plane = plane_of(block, kPanel);
-      Buffer<T> input(kElements * plane), sums(kElements * sums_plane);
-      transform_input(begin, end, 0, p.C, input.data(), plane);
+      const int64_t slot = scratch.take();
+      T* const input = scratch.of(slot);
+      T* const sums = input + kElements * plane;
+      transform_input(begin, end, 0, p.C, input, plane);
       for (int64_t k = 0; k < p.K; k += kPanel)
-        multiply(input.data(), plane, begin, end, k, min_of<int64_t>(kPanel, p.K - k), sums.data(), sums_plane);
+        multiply(input, plane, begin, end, k, min_of<int64_t>(kPanel, p.K - k), sums, sums_plane);
+      scratch.give_back(slot);
     });
   }
 
@@ -160,35 +199,68 @@ class Convolution {
     Buffer<T> input(kElements * plane);
     for (int64_t first = 0; first < tiles_; first += block) {
       const int64_t count = min_of(block, tiles_ - first);
-      // Jobs of about the size of a strip times four registers.
-      const int64_t strips = ceil_div<int64_t>(count, kStripTiles);
-      const int64_t strip = ceil_div(count, strips);
-      const int64_t channels = 4 * kLanes<T>;
-      parallel_for(strips * ceil_div(p.C, channels), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t job = begin; job < end; ++job) {
-          const int64_t from = job % strips * strip, c = job / strips * channels;
-          if (from < count)
-            transform_input(first + from, first + min_of(from + strip, count), c, min_of(c + channels, p.C),
-                            input.data() + from * pitch_, plane);
-        }
-      });
+      transform_together(first, count, input.data(), plane);
       // Enough jobs for all threads: fewer rows of tiles, then parts of a panel.
       int64_t parts = ceil_div(count, kMostTiles), width = kPanel;
       const int64_t panels = ceil_div<int64_t>(p.K, kPanel);
       while (panels * parts < 2 * threads && ceil_div(count, parts + 1) >= kLeastTiles) ++parts;
       while (ceil_div(p.K, width) * parts < threads && width > kLanes<T>) width /= 2;
       const int64_t rows = ceil_div(count, parts);
+      const int64_t sums_plane = plane_of(rows, width);
+      Scratch<T> scratch(threads, kElements * sums_plane);
       parallel_for(ceil_div(p.K, width) * parts, 1, [&](int64_t begin, int64_t end) {
-        const int64_t sums_plane = plane_of(rows, width);
-        Buffer<T> sums(kElements * sums_plane);
+        const int64_t slot = scratch.take();
         for (int64_t job = begin; job < end; ++job) {
           const int64_t from = job % parts * rows, k = job / parts * width;
           if (from < count)
             multiply(input.data() + from * pitch_, plane, first + from, first + min_of(from + rows, count), k,
-                     min_of(width, p.K - k), sums.data(), sums_plane);
+                     min_of(width, p.K - k), scratch.of(slot), sums_plane);
         }
+        scratch.give_back(slot);
       });
     }
+  }
+
+  // The same for one block, where each thread transforms the weights of its panel as it goes: they stay near.
+  void run_unpacked(int64_t threads) {
+    const int64_t plane = plane_of(tiles_, pitch_), sums_plane = plane_of(tiles_, kPanel);
+    const int64_t most = min_of(p.C, kDepthChunk) * kPanel;
+    Buffer<T> input(kElements * plane);
+    transform_together(0, tiles_, input.data(), plane);
+    Scratch<T> scratch(threads, kElements * (sums_plane + most) + Packed::kTaps);
+    parallel_for(ceil_div<int64_t>(p.K, kPanel), 1, [&](int64_t panel, int64_t) {
+      const int64_t slot = scratch.take();
+      T* const sums = scratch.of(slot);
+      T* const weights = sums + kElements * sums_plane;
+      const int64_t outputs = min_of<int64_t>(kPanel, p.K - panel * kPanel), width = whole(outputs);
+      int64_t c = 0;
+      do {
+        const int64_t chunk = min_of(kDepthChunk, p.C - c);
+        Packed::template pack_chunk<scalar_t>(p, panel, c, chunk, weights + kElements * most, weights);
+        for (int64_t e = 0; e < kElements; ++e) {
+          const T* const left = input.data() + e * plane + c;
+          product_chunk(left, pitch_, tiles_, weights + e * chunk * kPanel, chunk, width, sums + e * sums_plane, width,
+                        c > 0, left + plane);
+        }
+        c += chunk;
+      } while (c < p.C);
+      finish(0, tiles_, panel * kPanel, outputs, sums, sums_plane);
+      scratch.give_back(slot);
+    });
+  }
+
+  void transform_together(int64_t first, int64_t count, T* target, int64_t plane) {
+    // Jobs of about the size of a strip times four registers.
+    const int64_t strip = ceil_div(count, ceil_div<int64_t>(count, kStripTiles));
+    const int64_t strips = ceil_div(count, strip);
+    const int64_t channels = 4 * kLanes<T>;
+    parallel_for(strips * ceil_div(p.C, channels), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t job = begin; job < end; ++job) {
+        const int64_t from = job % strips * strip, c = job / strips * channels;
+        transform_input(first + from, first + min_of(from + strip, count), c, min_of(c + channels, p.C),
+                        target + from * pitch_, plane);
+      }
+    });
   }
 
   // Elements between two planes; an odd number of cache lines, so that those of a tile fall into different sets.
@@ -268,10 +340,18 @@ class Convolution {
   void multiply(const T* input, int64_t plane, int64_t begin, int64_t end, int64_t first, int64_t outputs, T* sums,
                 int64_t sums_plane) {
     const T* const panel = weights_ + first / kPanel * kElements * p.C * kPanel + first % kPanel;
-    const int64_t width = ceil_div<int64_t>(outputs, kLanes<T>) * kLanes<T>;
+    const int64_t width = whole(outputs);
     for (int64_t e = 0; e < kElements; ++e)
       product(input + e * plane, pitch_, end - begin, panel + e * p.C * kPanel, p.C, width, sums + e * sums_plane,
-              width);
+              width, input + (e + 1) * plane);
+    finish(begin, end, first, outputs, sums, sums_plane);
+  }
+
+  static int64_t whole(int64_t count) { return ceil_div<int64_t>(count, kLanes<T>) * kLanes<T>; }
+
+  // The output of tiles [begin, end) from their sums, [element][tile][whole(outputs)].
+  void finish(int64_t begin, int64_t end, int64_t first, int64_t outputs, const T* sums, int64_t sums_plane) {
+    const int64_t width = whole(outputs);
     for (int64_t tile = begin; tile < end; ++tile) {
       const Tile at = tile_at(tile);
       const int64_t rows = min_of<int64_t>(kOut, p.OH - at.row * kOut);

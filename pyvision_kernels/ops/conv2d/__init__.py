@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyvision_kernels import _activation
@@ -13,25 +15,50 @@ from pyvision_kernels.ops.conv2d.geometry import Geometry, Padding
 from pyvision_kernels.ops.conv2d.operator import run
 from pyvision_kernels.ops.conv2d.variants import conv1d, conv_transpose2d
 
+Options = tuple[Any, ...]  # stride, padding, dilation, groups, padding_mode, activation
+_checked: dict[tuple[Any, ...], Geometry] = {}
+_MOST_CHECKED = 4096
 
-def _public(
-    op: str, input: Any, weight: Any, bias: Any, options: tuple[Any, ...], given: dict[str, Any], activation: str | None
-) -> Tensor:
-    """Checks what only the public functions are given; takes maps without a batch dimension."""
-    optional = {name: value for name, value in {"bias": bias, **given}.items() if value is not None}
-    require_tensors(op, input=input, weight=weight, **optional)
+
+def _check(op: str, input: Any, weight: Any, options: Options) -> Geometry:
+    """What only the public functions are given; remembered where it can be hashed, for most calls are repeated."""
+    require_tensors(op, input=input, weight=weight)
+    stride, padding, dilation, groups, padding_mode, activation = options
     _activation.number_of(op, activation)
     require(weight.dim() == 4, op, "weight to have 4 dimensions [K, C / groups, R, S]", weight.shape)
     require(input.dim() in (3, 4), op, "input to have 4 dimensions [N, C, H, W], or 3 without N", input.shape)
-    geometry = Geometry.of(*options, weight.shape[2:], op)
-    pool = op == "conv2d_max_pool2d"
+    geometry = Geometry.of(stride, padding, dilation, groups, padding_mode, weight.shape[2:], op)
+    if not torch.compiler.is_compiling() and all(type(item) in (int, tuple, str, NoneType) for item in options):
+        if len(_checked) >= _MOST_CHECKED:
+            _checked.clear()
+        _checked[op, input.dim(), weight.shape, options] = geometry
+    return geometry
+
+
+def _call(
+    op: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: Options,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    try:
+        geometry = _checked[op, input.dim(), weight.shape, options]
+    except (KeyError, TypeError, AttributeError):
+        geometry = _check(op, input, weight, options)
+    for name, value in (("bias", bias), ("scale", scale), ("shift", shift), ("residual", residual)):
+        if value is not None:
+            require_tensors(op, **{name: value})
+    activation, pool = options[5], op == "conv2d_max_pool2d"
     if input.dim() == 4:
-        return run(input, weight, bias, geometry, pool=pool, activation=activation, **given)
-    residual = given["residual"]
+        return run(input, weight, bias, geometry, scale, shift, residual, activation, pool)
     if residual is not None:
         require(residual.dim() == 3, op, "residual to have 3 dimensions as input has", residual.shape)
-        given["residual"] = residual.unsqueeze(0)
-    return run(input.unsqueeze(0), weight, bias, geometry, pool=pool, activation=activation, **given).squeeze(0)
+        residual = residual.unsqueeze(0)
+    return run(input.unsqueeze(0), weight, bias, geometry, scale, shift, residual, activation, pool).squeeze(0)
 
 
 def conv2d(
@@ -80,8 +107,8 @@ def conv2d(
     from the shape (`pvk.explain`); 3 x 3 in float32 is by Winograd, see `pvk.strict_numerics`.
     Reference: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2016.
     """
-    given = {"scale": scale, "shift": shift, "residual": residual}
-    return _public("conv2d", input, weight, bias, (stride, padding, dilation, groups, padding_mode), given, activation)
+    options = (stride, padding, dilation, groups, padding_mode, activation)
+    return _call("conv2d", input, weight, bias, options, scale, shift, residual)
 
 
 def conv2d_max_pool2d(
@@ -115,10 +142,8 @@ def conv2d_max_pool2d(
     Note: deterministic; as of `conv2d`.
     Reference: torch.nn.functional.max_pool2d.
     """
-    given = {"scale": scale, "shift": shift, "residual": residual}
-    return _public(
-        "conv2d_max_pool2d", input, weight, bias, (stride, padding, dilation, groups, padding_mode), given, activation
-    )
+    options = (stride, padding, dilation, groups, padding_mode, activation)
+    return _call("conv2d_max_pool2d", input, weight, bias, options, scale, shift, residual)
 
 
 __all__ = ["conv1d", "conv2d", "conv2d_max_pool2d", "conv_transpose2d", "run"]

@@ -232,8 +232,6 @@ CONV2D = OpCases(
         case("replicate", (1, 6, 5, 4), 7, 3, padding=(5, 1, 0, 6), padding_mode="replicate"),
         case("one_pixel", (1, 4, 1, 1), 5, 3, padding=1),
         case("no_images", (0, 4, 6, 7), 5, 3, padding=1),
-        case("no_outputs", (2, 4, 6, 7), 0, 3, padding=1),
-        case("no_inputs", (2, 0, 6, 7), 3, 3, padding=1, dtypes=(torch.float32, torch.float64)),
         *bench_cases.conv2d(case),
     ),
     errors=_errors("conv2d"),
@@ -260,13 +258,28 @@ CONV2D_MAX_POOL2D = OpCases(
         case("strided", (1, 12, 11, 14), 18, 3, stride=2, padding=1, activation="gelu"),
         case("first_layer", (1, 3, 14, 13), 17, 3, padding=1, activation="relu"),
         case("depthwise", (1, 7, 9, 10), 7, 3, groups=7, padding=1),
-        case("one_row", (1, 4, 1, 9), 5, 3, padding=1),
         *bench_cases.conv2d_max_pool2d(case),
     ),
-    errors=_errors("conv2d_max_pool2d"),
+    errors=(
+        *_errors("conv2d_max_pool2d"),
+        error_case(
+            "conv2d_max_pool2d",
+            "one_row",
+            RuntimeError,
+            "expected at least 2 x 2 pixels to pool",
+            {"input": torch.ones(1, 2, 1, 9), "weight": torch.ones(3, 2, 1, 1)},
+        ),
+    ),
     flops=_flops,
     bytes=_bytes,
 )
+
+
+def _row_peer(input: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    if options.get("padding_mode", "zeros") != "zeros":
+        return reference.conv1d(input, weight, bias, **options)
+    activation = options.pop("activation", None)
+    return _activation.apply(_activation.number_of("conv1d", activation), F.conv1d(input, weight, bias, **options))
 
 
 def _tiny_row(generator: torch.Generator) -> Inputs:
@@ -290,7 +303,7 @@ CONV1D = OpCases(
     name="conv1d",
     op=conv1d,
     reference=reference.conv1d,
-    peer=reference.conv1d,
+    peer=_row_peer,
     peer_package="torch",
     peer_is_native=True,
     operators=("conv2d",),
@@ -299,7 +312,7 @@ CONV1D = OpCases(
     cases=(
         case("plain", (2, 5, 19), 6, 3, padding=1),
         case("strided", (1, 12, 31), 18, 5, stride=2, padding=2, activation="relu"),
-        case("same", (1, 6, 21), 8, 4, padding="same", dilation=3),
+        case("same", (1, 6, 21), 8, 5, padding="same", dilation=3),
         case("grouped", (2, 8, 17), 12, 3, groups=4, padding=(2,)),
         case("depthwise", (1, 9, 20), 9, 7, groups=9, padding=3),
         case("circular", (1, 3, 9), 4, 3, padding=2, padding_mode="circular"),

@@ -22,7 +22,7 @@ class Geometry:
     plans: What was decided for inputs of a shape; filled by `run`.
     """
 
-    numbers: tuple[int, ...]
+    numbers: list[int]
     plans: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -74,7 +74,42 @@ class Geometry:
         """
         # Lists are not hashable; what is given is nearly always a tuple or an int.
         find = _checked if torch.compiler.is_compiling() else _cached
-        return find(*map(_hashable, (stride, padding, dilation)), groups, padding_mode, tuple(kernel_size), op)
+        stride, padding, dilation = map(_hashable, (stride, padding, dilation))
+        return find(stride, padding, dilation, groups, padding_mode, tuple(kernel_size), op)
+
+    @staticmethod
+    def of_row(
+        stride: int | Sequence[int],
+        padding: Padding,
+        dilation: int | Sequence[int],
+        groups: int,
+        padding_mode: str,
+        taps: int,
+        op: str,
+    ) -> Geometry:
+        """The same of a convolution along one dimension: that of a map with one row.
+
+        Raises:
+            TypeError, ValueError: an argument is not what the op takes.
+        """
+        if not isinstance(padding, str):
+            sides: Any = (padding,) if not isinstance(padding, Sequence) else tuple(padding)
+            if len(sides) not in (1, 2):
+                raise TypeError(
+                    f"{op}: expected padding to be 'same', 'valid', an int or a pair of ints, but got {padding!r}"
+                )
+            padding = (sides[0], sides[-1], 0, 0)
+        step, spread = _in_a_row(op, "stride", stride), _in_a_row(op, "dilation", dilation)
+        return Geometry.of(step, padding, spread, groups, padding_mode, (1, taps), op)
+
+
+def _in_a_row(op: str, name: str, value: Any) -> tuple[int, int]:
+    """(1, value) for an int or a sequence of one."""
+    if isinstance(value, Sequence):
+        if len(value) != 1:
+            raise TypeError(f"{op}: expected {name} to be an int, but got {value!r}")
+        value = value[0]
+    return 1, as_pair(op, name, value, 1)[1]
 
 
 def _hashable(value: Any) -> Any:
@@ -93,7 +128,7 @@ def _checked(
         known = ", ".join(f"'{mode}'" for mode in PADDING_MODES)
         raise ValueError(f"{op}: expected padding_mode to be one of {known}, but got {padding_mode!r}")
     sides = _sides(op, padding, stride_, dilation_, kernel_size)
-    return Geometry((*stride_, *sides, *dilation_, int(groups), PADDING_MODES[padding_mode]))
+    return Geometry([*stride_, *sides, *dilation_, int(groups), PADDING_MODES[padding_mode]])
 
 
 _cached = functools.lru_cache(maxsize=4096)(_checked)

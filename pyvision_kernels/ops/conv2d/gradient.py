@@ -19,7 +19,7 @@ def _source_rows(mode: int, size: int, before: int, after: int, device: torch.de
     return i.clamp(0, size - 1) if mode == 2 else i % size
 
 
-def _pad(input: Tensor, sides: tuple[int, ...], mode: int) -> Tensor:
+def _pad(input: Tensor, sides: list[int], mode: int) -> Tensor:
     left, right, top, bottom = sides
     if mode == 0:
         return F.pad(input, sides)
@@ -27,7 +27,7 @@ def _pad(input: Tensor, sides: tuple[int, ...], mode: int) -> Tensor:
     return input.index_select(2, rows).index_select(3, _source_rows(mode, input.shape[3], left, right, input.device))
 
 
-def _unpad(grad: Tensor, input: Tensor, sides: tuple[int, ...], mode: int) -> Tensor:
+def _unpad(grad: Tensor, input: Tensor, sides: list[int], mode: int) -> Tensor:
     left, right, top, bottom = sides
     height, width = input.shape[2:]
     if mode == 0:
@@ -38,15 +38,15 @@ def _unpad(grad: Tensor, input: Tensor, sides: tuple[int, ...], mode: int) -> Te
     return grad.new_zeros((*grad.shape[:3], width)).index_add(3, columns, grad)
 
 
-def _per_channel(value: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if value is None else value.to(like.dtype).view(-1, 1, 1)
+def _per_channel(value: Tensor, like: Tensor) -> Tensor:
+    return value.to(like.dtype).view(-1, 1, 1)
 
 
 def backward(
     grad: Tensor,
     needs: tuple[bool, ...],
     tensors: tuple[Tensor | None, ...],
-    numbers: tuple[int, ...],
+    numbers: list[int],
     activation: int,
     pool: bool,
     result: Tensor | None,
@@ -62,19 +62,21 @@ def backward(
         result: Of the forward, where it was not pooled.
         convolve: (input, weight, bias) -> their convolution.
     """
-    input, weight, bias, scale, shift, residual = tensors
+    input, weight, bias, scale, shift, _ = tensors
     assert input is not None
     assert weight is not None
     stride, sides, dilation, groups, mode = numbers[0:2], numbers[2:6], numbers[6:8], numbers[8], numbers[9]
-    convolved = before = None  # the convolution with its bias; what the activation is applied to
+    convolved = before = grad  # the convolution with its bias; what the activation is applied to
     if needs[3] or pool or _activation.needs_input(activation):
-        convolved = before = convolve(input, weight, bias)
+        # In float32 beside 16 bits: a derivative that jumps is taken on the right side.
+        wide = [value.float() if value is not None and value.dtype != torch.float64 else value for value in tensors]
+        convolved = before = convolve(*wide[:3])
         if scale is not None:
             before = before * _per_channel(scale, before)
         if shift is not None:
             before = before + _per_channel(shift, before)
-        if residual is not None:
-            before = before + residual
+        if wide[5] is not None:
+            before = before + wide[5]
     if pool:
         result = _activation.apply(activation, before)
         chosen = F.max_pool2d(result.detach(), 2, return_indices=True)[1]
@@ -82,13 +84,15 @@ def backward(
         # Windows do not overlap, so no place is written twice.
         grad = spread.scatter(2, chosen.flatten(2), grad.flatten(2)).view(result.shape)
     if activation:
-        grad = _activation.backward(activation, grad, before if _activation.needs_input(activation) else result)
+        at = before if result is None or _activation.needs_input(activation) else result
+        grad = _activation.backward(activation, grad, at)
     grads: list[Tensor | None] = [None] * 6
-    grads[5] = grad if needs[5] else None
+    grads[5] = grad.to(input.dtype) if needs[5] else None
     if needs[4] and shift is not None:
         grads[4] = grad.sum((0, 2, 3)).to(shift.dtype)
     if needs[3] and scale is not None:
         grads[3] = (grad * convolved).sum((0, 2, 3)).to(scale.dtype)
+    grad = grad.to(input.dtype)
     if not any(needs[:3]):
         return tuple(grads)
     if scale is not None:

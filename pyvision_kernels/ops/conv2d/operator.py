@@ -16,7 +16,6 @@ from pyvision_kernels.ops.conv2d import algorithm, gradient, reference
 from pyvision_kernels.ops.conv2d.geometry import Geometry
 
 TORCH = -1  # beside the numbers of algorithm.py: PyTorch's kernels
-_NUMBERS = 10  # of a Geometry
 
 
 class Packs(Protocol):
@@ -25,7 +24,7 @@ class Packs(Protocol):
     def get(self, weight: Tensor, key: Hashable, make: Callable[[], Tensor]) -> Tensor | None: ...
 
 
-def _check(input, weight, numbers, named, residual, op="conv2d"):
+def _check(input, weight, numbers, named, residual, op):
     """What shapes, dtypes and devices can show; returns the rows and columns of the convolution."""
     require(input.dim() == 4, op, "input to have 4 dimensions [N, C, H, W]", input.shape)
     require(weight.dim() == 4, op, "weight to have 4 dimensions [K, C / groups, R, S]", weight.shape)
@@ -66,7 +65,7 @@ def _check(input, weight, numbers, named, residual, op="conv2d"):
             require(most <= size, op, f"padding to be at most the {axis} of input, {size}", most)
         padded = size + before + after
         require(padded >= reach, op, f"input to have a padded {axis} of at least {reach}, the reach of weight", padded)
-    rows, columns = Geometry(tuple(numbers)).output_size(input.shape[2:], weight.shape[2:])
+    rows, columns = Geometry(numbers).output_size(input.shape[2:], weight.shape[2:])
     if residual is not None:
         wanted = [input.shape[0], weight.shape[0], rows, columns]
         require(list(residual.shape) == wanted, op, f"residual to have size {wanted}", residual.shape)
@@ -75,9 +74,10 @@ def _check(input, weight, numbers, named, residual, op="conv2d"):
     return rows, columns
 
 
-def _fake(input, weight, bias, scale, shift, residual, packed, *options):
-    numbers, (_, pool, channels_last, _) = options[:_NUMBERS], options[_NUMBERS:]
-    rows, columns = _check(input, weight, numbers, {"bias": bias, "scale": scale, "shift": shift}, residual)
+def _fake(input, weight, bias, scale, shift, residual, packed, numbers, activation, pool, channels_last, algorithm):
+    op = "conv2d_max_pool2d" if pool else "conv2d"
+    rows, columns = _check(input, weight, numbers, {"bias": bias, "scale": scale, "shift": shift}, residual, op)
+    require(not pool or (rows > 1 and columns > 1), op, "at least 2 x 2 pixels to pool", [rows, columns])
     size = (input.shape[0], weight.shape[0], rows // 2 if pool else rows, columns // 2 if pool else columns)
     return input.new_empty(size).contiguous(memory_format=_format(channels_last))
 
@@ -88,18 +88,18 @@ def _format(channels_last: bool) -> torch.memory_format:
 
 def _setup(ctx, inputs, output):
     *tensors, _ = inputs[:7]
-    activation, pool, _, _ = inputs[7 + _NUMBERS :]
     ctx.options = inputs[7:]
+    _, activation, pool, _, _ = ctx.options
     by_result = activation != 0 and not _activation.needs_input(activation) and not pool
     ctx.save_for_backward(*tensors, output if by_result else None)
 
 
 def _backward(ctx, grad):
     *tensors, result = ctx.saved_tensors
-    numbers, (activation, pool, channels_last, kernel) = ctx.options[:_NUMBERS], ctx.options[_NUMBERS:]
+    numbers, activation, pool, channels_last, kernel = ctx.options
 
     def convolve(input, weight, bias):
-        return conv2d_op(input, weight, bias, *(None,) * 4, *numbers, 0, False, channels_last, kernel)
+        return conv2d_op(input, weight, bias, *(None,) * 4, numbers, 0, False, channels_last, kernel)
 
     needs = tuple(ctx.needs_input_grad[:6])
     grads = gradient.backward(grad, needs, tuple(tensors), numbers, activation, pool, result, convolve)
@@ -128,9 +128,7 @@ def _cast(*args):
 
 conv2d_op = declare(
     "conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual, "
-    "Tensor? packed, int stride_h, int stride_w, int left, int right, int top, int bottom, int dilation_h, "
-    "int dilation_w, int groups, int padding_mode, int activation, bool pool, bool channels_last, int algorithm) "
-    "-> Tensor",
+    "Tensor? packed, int[] geometry, int activation, bool pool, bool channels_last, int algorithm) -> Tensor",
     fake=_fake,
     setup_context=_setup,
     backward=_backward,
@@ -139,14 +137,13 @@ conv2d_op = declare(
 )
 
 
-def _fake_pack(weight, stride_h, stride_w, dilation_h, dilation_w, groups, algorithm):
+def _fake_pack(weight, geometry, algorithm):
     # How many bytes a kernel makes of a weight is its own affair.
     return weight.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.uint8)
 
 
 conv2d_pack_op = declare(
-    "_conv2d_pack(Tensor weight, int stride_h, int stride_w, int dilation_h, int dilation_w, int groups, "
-    "int algorithm) -> Tensor",
+    "_conv2d_pack(Tensor weight, int[] geometry, int algorithm) -> Tensor",
     fake=_fake_pack,
 )
 
@@ -160,8 +157,11 @@ def decide(input: Tensor, weight: Tensor, geometry: Geometry) -> int:
     require(input.dim() == 4, "conv2d", "input to have 4 dimensions [N, C, H, W]", input.shape)
     mode, strict = CHOICE.key
     rows, columns = geometry.output_size(input.shape[2:], weight.shape[2:])
+    images, channels, height, width = input.shape
+    outputs, _, *taps = weight.shape
     problem = algorithm.Problem(
-        *(*input.shape, weight.shape[0], *weight.shape[2:], rows, columns),
+        *(images, channels, height, width),
+        *(outputs, taps[0], taps[1], rows, columns),
         geometry.stride,
         geometry.dilation,
         geometry.groups,
@@ -188,7 +188,6 @@ def run(
     weight: Tensor,
     bias: Tensor | None,
     geometry: Geometry,
-    *,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
@@ -223,13 +222,13 @@ def run(
         packed = packs.get(weight, (kernel, input.dtype), lambda: pack(weight, geometry, kernel))
     number = _activation.NUMBERS[activation]
     return conv2d_op(
-        input, weight, bias, scale, shift, residual, packed, *geometry.numbers, number, pool, channels_last, kernel
+        input, weight, bias, scale, shift, residual, packed, geometry.numbers, number, pool, channels_last, kernel
     )
 
 
 def pack(weight: Tensor, geometry: Geometry, kernel: int) -> Tensor:
     """The weight as the algorithm reads it."""
-    return conv2d_pack_op(weight.detach(), *geometry.stride, *geometry.dilation, geometry.groups, kernel)
+    return conv2d_pack_op(weight.detach(), geometry.numbers, kernel)
 
 
 def _by_torch(input, weight, bias, geometry, scale, shift, residual, activation, pool, channels_last):

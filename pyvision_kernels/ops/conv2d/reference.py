@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,7 +40,7 @@ def conv2d(
     geometry = Geometry.of(stride, padding, dilation, groups, padding_mode, weight.shape[-2:])
     if input.dim() == 3:
         rest = None if residual is None else residual.unsqueeze(0)
-        options = {"scale": scale, "shift": shift, "residual": rest, "activation": activation}
+        options: dict[str, Any] = {"scale": scale, "shift": shift, "residual": rest, "activation": activation}
         return conv2d(
             input.unsqueeze(0), weight, bias, stride, padding, dilation, groups, padding_mode=padding_mode, **options
         ).squeeze(0)
@@ -75,13 +75,12 @@ def conv1d(
     activation: str | None = None,
     padding_mode: str = "zeros",
 ) -> Tensor:
-    if padding_mode != "zeros":
-        spread = torch.as_tensor(dilation).item() * (weight.shape[2] - 1)
-        both = (spread // 2, spread - spread // 2) if padding == "same" else padding
-        sides = (0, 0) if both == "valid" else (both, both) if isinstance(both, int) else tuple(both) * (2 // len(both))
-        input, padding = F.pad(input, sides, padding_mode), 0
-    out = F.conv1d(input, weight, bias, stride, padding, dilation, groups)
-    return _activation.apply(_activation.number_of("conv1d", activation), out)
+    """conv2d of maps with one row."""
+    geometry = Geometry.of_row(stride, padding, dilation, groups, padding_mode, weight.shape[2], "conv1d")
+    rows, taps = (input if input.dim() == 3 else input.unsqueeze(0)).unsqueeze(2), weight.unsqueeze(2)
+    numbers = (geometry.stride, geometry.padding, geometry.dilation, groups)
+    out = conv2d(rows, taps, bias, *numbers, activation=activation, padding_mode=padding_mode).squeeze(2)
+    return out if input.dim() == 3 else out.squeeze(0)
 
 
 def conv_transpose2d(

@@ -15,15 +15,6 @@ from pyvision_kernels.ops.conv2d.geometry import Geometry, Padding, as_pair
 from pyvision_kernels.ops.conv2d.operator import run
 
 
-def _in_a_row(op: str, name: str, value: Any, least: int) -> tuple[int, int]:
-    """(least, value) for an int or a sequence of one."""
-    if isinstance(value, Sequence) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, Sequence):
-        raise TypeError(f"{op}: expected {name} to be an int, but got {value!r}")
-    return (least, as_pair(op, name, value, least)[1])
-
-
 def conv1d(
     input: Tensor,
     weight: Tensor,
@@ -60,23 +51,8 @@ def conv1d(
     _activation.number_of(op, activation)
     require(weight.dim() == 3, op, "weight to have 3 dimensions [K, C / groups, S]", weight.shape)
     require(input.dim() in (2, 3), op, "input to have 3 dimensions [N, C, L], or 2 without N", input.shape)
-    geometry = row_geometry(stride, padding, dilation, groups, padding_mode, weight.shape[2], op)
+    geometry = Geometry.of_row(stride, padding, dilation, groups, padding_mode, weight.shape[2], op)
     return run_row(input, weight, bias, geometry, activation=activation)
-
-
-def row_geometry(
-    stride: Any, padding: Any, dilation: Any, groups: int, padding_mode: str, taps: int, op: str = "conv1d"
-) -> Geometry:
-    """The Geometry of a convolution along one dimension."""
-    stride, dilation = _in_a_row(op, "stride", stride, 1), _in_a_row(op, "dilation", dilation, 1)
-    if not isinstance(padding, str):
-        sides = (padding,) if not isinstance(padding, Sequence) else tuple(padding)
-        if len(sides) not in (1, 2):
-            raise TypeError(
-                f"{op}: expected padding to be 'same', 'valid', an int or a pair of ints, but got {padding!r}"
-            )
-        padding = (sides[0], sides[-1], 0, 0)
-    return Geometry.of(stride, padding, dilation, groups, padding_mode, (1, taps), op)
 
 
 def run_row(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, **options: Any) -> Tensor:

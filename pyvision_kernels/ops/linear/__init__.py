@@ -56,8 +56,11 @@ def _backward(ctx, grad):
     input, weight, bias, residual, at = ctx.saved_tensors
     needs = ctx.needs_input_grad
     if _activation.needs_input(ctx.activation):
-        at = linear_op(input, weight, bias, residual, None, 0)
-    grad = _activation.backward(ctx.activation, grad, at)
+        # In float32 beside 16 bits: a derivative that jumps is taken on the right side.
+        tensors = (input, weight, bias, residual)
+        wide = [value.float() if value is not None and value.dtype != torch.float64 else value for value in tensors]
+        at = linear_op(*wide, None, 0)
+    grad = _activation.backward(ctx.activation, grad, at).to(input.dtype)
     return (
         grad @ weight if needs[0] else None,
         grad.mT @ input if needs[1] else None,

@@ -1,0 +1,83 @@
+"""`explain`: which kernels a call takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyvision_kernels._activation import NAMES
+from pyvision_kernels.ops.conv2d import algorithm
+
+# PyTorch's operators in whose place ours may run.
+_TORCH = {
+    "aten::convolution": "conv2d",
+    "aten::conv1d": "conv1d",
+    "aten::conv2d": "conv2d",
+    "aten::mkldnn_convolution": "conv2d",
+    "aten::addmm": "linear",
+    "aten::mm": "linear",
+    "aten::linear": "linear",
+}
+
+
+def explain(layer_or_function: Callable[..., Any], *inputs: Any, **options: Any) -> list[str]:
+    """Names the kernels that a layer, a model or a function takes for these inputs, by calling it once.
+
+    The call is made without gradients, in the modes, and under the `pvk.backend`, that are in force. Listed are all
+    operators of ours, and PyTorch's convolutions and matrix products, in their order.
+
+    Args:
+        layer_or_function (callable): A layer, a model, or a function such as `pvk.ops.conv2d`.
+        inputs, options: What it is called with.
+
+    Returns:
+        list[str]: a line a call, such as ``"conv2d [1, 64, 56, 56] * [64, 64, 3, 3]: pvk winograd4 + relu"`` or
+        ``"linear [1, 512] * [512, 10]: torch aten::addmm"``.
+
+    Raises:
+        What the call raises.
+    """
+    recorder = _Recorder()
+    with torch.no_grad(), recorder:
+        layer_or_function(*inputs, **options)
+    return recorder.lines
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._overloadpacket._qualified_op_name
+        space, _, op = name.partition("::")
+        if space == "pvk" and not (op.startswith("_") and op.endswith("_pack")):
+            values = {part.name: value for part, value in zip(func._schema.arguments, args, strict=False)}
+            self.lines.append(f"{op} {_sizes(args)}: pvk{_how(op, values)}")
+        elif name in _TORCH:
+            self.lines.append(f"{_TORCH[name]} {_sizes(args)}: torch {name}")
+        return func(*args, **(kwargs or {}))
+
+
+def _sizes(args: Any) -> str:
+    """Of the first two tensors that are not vectors: input and weight."""
+    sizes = [list(arg.shape) for arg in args if isinstance(arg, Tensor) and arg.dim() > 1]
+    return " * ".join(map(str, sizes[:2]))
+
+
+def _how(op: str, values: dict[str, Any]) -> str:
+    parts = [algorithm.NAMES[values["algorithm"]]] if op == "conv2d" else []
+    if values.get("scale") is not None or values.get("shift") is not None:
+        parts.append("scale and shift")
+    if values.get("residual") is not None:
+        parts.append("residual")
+    if values.get("activation"):
+        parts.append(str(NAMES[values["activation"]]))
+    if values.get("pool"):
+        parts.append("2 x 2 pool")
+    head = f" {parts.pop(0)}" if op == "conv2d" else ""
+    return head + "".join(f" + {part}" for part in parts)
