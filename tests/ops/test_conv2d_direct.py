@@ -44,8 +44,8 @@ def _problem(size, outputs, taps, dtype=torch.float32, **options):
 
 
 def _direct(x, w, geometry, packed=None, residual=None, activation=0, pool=False):
-    numbers = geometry.numbers
-    return conv2d_op(*(x, w, None, None, None, residual, packed), *numbers, activation, pool, True, algorithm.DIRECT)
+    tensors = (x, w, None, None, None, residual, packed)
+    return conv2d_op(*tensors, geometry.numbers, activation, pool, True, algorithm.DIRECT)
 
 
 def _expected(x, w, geometry):

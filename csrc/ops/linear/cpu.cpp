@@ -67,8 +67,7 @@ void forward_typed(const LinearParams& params) {
     p.input_stride[0] = p.C;
     p.input_stride[1] = 1;
   }
-  if (p.packed == nullptr && p.M <= kRowsOfDot && (p.weight_stride[1] == 1 || p.C <= 1))
-    return forward_dot<scalar_t>(p);
+  if (p.M <= kRowsOfDot && (p.weight_stride[1] == 1 || p.C <= 1)) return forward_dot<scalar_t>(p);
   conv2d::PVK_ISA::forward_direct(as_convolution<conv2d::Conv2dParams>(p));
 }
 

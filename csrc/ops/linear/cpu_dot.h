@@ -6,6 +6,8 @@
 
 #include "core/buffer.h"
 #include "core/epilogue.h"
+#include "core/gemm_bfloat16.h"
+#include "core/isa.h"
 #include "core/math.h"
 #include "core/parallel.h"
 #include "core/simd.h"
@@ -15,6 +17,15 @@
 namespace pvk::linear::PVK_ISA {
 
 using namespace pvk::PVK_ISA;
+
+template <typename T>
+struct IsFloat16 {
+  static constexpr bool value = false;
+};
+template <>
+struct IsFloat16<Float16> {
+  static constexpr bool value = true;
+};
 
 template <typename T>
 PVK_INLINE T sum_of(Vec<T> x) {
@@ -59,6 +70,46 @@ PVK_INLINE void dot_tile(opmath_t<scalar_t>* sums, int64_t pitch, const scalar_t
       if (j < outputs) sums[i * pitch + j] = sum_of<T>(sum[i][j]);
 }
 
+#if defined(__AVX512F__)
+// The same by the dot products of AVX512-BF16.
+template <int kRows, int kOutputs>
+PVK_BFLOAT16_DOT void dot_tile_bfloat16(float* sums, int64_t pitch, const BFloat16* const* rows,
+                                        const BFloat16* const* weights, int64_t outputs, int64_t channels) {
+  const BFloat16* weight[kOutputs];
+  for (int j = 0; j < kOutputs; ++j) weight[j] = weights[j < outputs ? j : outputs - 1];
+  Vec<float> sum[kRows][kOutputs] = {};
+  for (int64_t c = 0; c < channels; c += 32) {
+    const __mmask32 mask = channels - c >= 32 ? ~__mmask32(0) : (__mmask32(1) << (channels - c)) - 1;
+    __m512bh value[kRows];
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) value[i] = (__m512bh)_mm512_maskz_loadu_epi16(mask, rows[i] + c);
+#pragma GCC unroll 8
+    for (int j = 0; j < kOutputs; ++j) {
+      const __m512bh factor = (__m512bh)_mm512_maskz_loadu_epi16(mask, weight[j] + c);
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], value[i], factor);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < kOutputs; ++j)
+      if (j < outputs) sums[i * pitch + j] = sum_of<float>(sum[i][j]);
+}
+#endif
+
+template <int kRows, int kOutputs, typename scalar_t>
+void dot(opmath_t<scalar_t>* sums, int64_t pitch, const scalar_t* const* rows, const scalar_t* const* weights,
+         int64_t outputs, int64_t channels) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(scalar_t) == 2 && !IsFloat16<scalar_t>::value) {
+    if (cpu_has_bfloat16_dot())
+      return dot_tile_bfloat16<kRows, kOutputs>(sums, pitch, rows, weights, outputs, channels);
+  }
+#endif
+  dot_tile<kRows, kOutputs>(sums, pitch, rows, weights, outputs, channels);
+}
+
 // Rows of input and weight have stride 1 along C.
 template <typename scalar_t>
 void forward_dot(const LinearParams& p) {
@@ -84,20 +135,20 @@ void forward_dot(const LinearParams& p) {
           T* const to = &sums[m * run + k - first];
           if (!few) {
             if (rows_left >= 2) {
-              dot_tile<2, kMany>(to, run, rows, weights, outputs, p.C);
+              dot<2, kMany>(to, run, rows, weights, outputs, p.C);
             } else {
-              dot_tile<1, kMany>(to, run, rows, weights, outputs, p.C);
+              dot<1, kMany>(to, run, rows, weights, outputs, p.C);
             }
             m += 2;
           } else {
             if (rows_left >= 4) {
-              dot_tile<4, kFew>(to, run, rows, weights, outputs, p.C);
+              dot<4, kFew>(to, run, rows, weights, outputs, p.C);
             } else if (rows_left == 3) {
-              dot_tile<3, kFew>(to, run, rows, weights, outputs, p.C);
+              dot<3, kFew>(to, run, rows, weights, outputs, p.C);
             } else if (rows_left == 2) {
-              dot_tile<2, kFew>(to, run, rows, weights, outputs, p.C);
+              dot<2, kFew>(to, run, rows, weights, outputs, p.C);
             } else {
-              dot_tile<1, kFew>(to, run, rows, weights, outputs, p.C);
+              dot<1, kFew>(to, run, rows, weights, outputs, p.C);
             }
             m += 4;
           }
