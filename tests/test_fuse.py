@@ -171,6 +171,21 @@ def test_fused_models_compute_the_same(name):
     _assert_close(_forward(model, picture), expected, 0.0)
 
 
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "mobilenetv2_050", "regnetx_002"])
+def test_norms_of_timm_that_activate_are_folded(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of timm about itself
+        timm = pytest.importorskip("timm")
+        model = _randomized(timm.create_model(name, num_classes=4))
+    picture = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected = _forward(model, picture)
+    pvk.convert(model, fuse=True)
+    _assert_close(_forward(model, picture), expected)
+    assert _norms(model, picture) == 0
+    model.bn1.act.register_forward_hook(lambda module, args, output: output * 0) if hasattr(model, "bn1") else None
+    _assert_close(_forward(model, picture), _forward(pvk.revert(copy.deepcopy(model)), picture))
+
+
 def _contiguous(value):
     if isinstance(value, dict):
         return type(value)((key, item.contiguous()) for key, item in value.items())

@@ -185,6 +185,7 @@ struct GemmBlock {
   bool accumulate;                             // add to what sums holds, after the products are summed
   const TileFinish<T, Out>* finish = nullptr;  // applied to what sums would hold, instead of storing that
   int64_t first = 0;                           // added to every pointer: a group's first channel, or a chunk's
+  bool prefetch_rows = false;                  // of one tap: they come from afar, fetched a tile ahead
   const In* zeros = nullptr;                   // taps that point all rows of a tile here are left out: they add zero
 };
 
@@ -193,6 +194,15 @@ PVK_INLINE bool all_are(const In* const* rows, const In* row) {
   bool all = true;
   for (int i = 0; i < kRows; ++i) all &= rows[i] == row;
   return all;
+}
+
+// Rows of the tile after the one in work.
+template <typename T, typename In, typename Out>
+PVK_INLINE void prefetch_next(const GemmBlock<T, In, Out>& b, int64_t begin, int64_t count) {
+  if (!b.prefetch_rows) return;
+  constexpr int kLine = 64 / int(sizeof(In));
+  for (int64_t i = begin; i < begin + count && i < b.count; ++i)
+    for (int64_t k = 0; k < b.depth; k += kLine) __builtin_prefetch(b.rows[i] + b.first + k);
 }
 
 // The last tile of a block is not left with a single row: rows are dealt out evenly.
@@ -207,6 +217,7 @@ void gemm_block_of(const GemmBlock<T>& b) {
       Tile<T, decltype(rows)::value, kVectors> sums;
       T* const target = b.sums + row * b.pitch;
       if (b.finish != nullptr) sums.prefetch(*b.finish, row);
+      prefetch_next(b, row + count, count);
       sums.clear();
       for (int64_t tap = 0; tap < b.taps; ++tap) {
         const T* const* const tap_rows = b.rows + tap * b.row_pitch + row;

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from pyvision_kernels import nn as ours
-from pyvision_kernels.convert.trace import EXCLUDED, has_hooks, is_frozen_norm
+from pyvision_kernels.convert.trace import EXCLUDED, has_hooks, is_frozen_norm, is_norm_with_activation
 
 _ACTIVATION_MODULES: dict[type, str] = {
     nn.ReLU: "relu",
@@ -129,8 +129,11 @@ def _norm(node: fx.Node, modules: dict[str, nn.Module], memory: _Memory, taken: 
         return None
     if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
         return None
-    chain = Chain(module, str(node.target), [node], None)
-    if len(node.users) == 1:
+    within = activation_within(module) if is_norm_with_activation(module) else None
+    if within not in (None, "relu"):
+        return None
+    chain = Chain(module, str(node.target), [node], within)
+    if len(node.users) == 1 and within is None:
         user = next(iter(node.users))
         after = modules[str(user.target)] if user.op == "call_module" else None
         if user not in taken and (after is None or _may_go(after)) and _activation_of(user, after, node) == "relu":
@@ -190,6 +193,9 @@ def _step(
         if chain.residual is not None or chain.activation is not None:
             return None
         chain.norm = module
+        if is_norm_with_activation(module):
+            chain.activation = activation_within(module)
+            return (_NORM if chain.activation is None else _ACTIVATION), label
         return _NORM, label
     other = _added(user, last)
     if other is not None:
@@ -227,7 +233,18 @@ def is_foldable(module: nn.Module, layer: type) -> bool:
         return False
     if is_frozen_norm(module):
         return layer is ours.Conv2d
-    return type(module) in _NORMS[layer] and not module.training and module._buffers.get("running_mean") is not None
+    if module.training or module._buffers.get("running_mean") is None:
+        return False
+    if is_norm_with_activation(module):
+        known = type(module.act) is nn.Identity or activation_within(module) is not None
+        return layer is ours.Conv2d and known and type(module.drop) is nn.Identity
+    return type(module) in _NORMS[layer]
+
+
+def activation_within(module: nn.Module) -> str | None:
+    """The activation that follows a batch norm within a module of timm."""
+    act: Any = module.act
+    return _ACTIVATION_MODULES.get(type(act)) if getattr(act, "approximate", "none") == "none" else None
 
 
 def _added(node: fx.Node, value: fx.Node) -> fx.Node | None:
@@ -308,7 +325,8 @@ def _is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
         module = modules[node.target]  # type: ignore[index]
         known = type(module).__module__.startswith(("torch.nn.modules.", "pyvision_kernels.nn."))
-        return not (known or is_frozen_norm(module)) or has_hooks(module) or getattr(module, "inplace", False) is True
+        known = known or is_frozen_norm(module) or is_norm_with_activation(module)
+        return not known or has_hooks(module) or getattr(module, "inplace", False) is True
     if node.op == "call_method":
         name = str(node.target)
         return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"

@@ -16,7 +16,14 @@ from pyvision_kernels import nn as ours
 from pyvision_kernels._backend import CHOICE
 from pyvision_kernels._packed import FoldedNorm, Packs, PacksOf
 from pyvision_kernels.convert.patterns import Chain, find_chains, remove_identities
-from pyvision_kernels.convert.trace import NotFollowed, has_hooks, hooks_of, is_frozen_norm, trace
+from pyvision_kernels.convert.trace import (
+    NotFollowed,
+    has_hooks,
+    hooks_of,
+    is_frozen_norm,
+    is_norm_with_activation,
+    trace,
+)
 from pyvision_kernels.nn.conv import geometry_of
 from pyvision_kernels.ops.conv2d import run as run_conv2d
 from pyvision_kernels.ops.conv2d.operator import TORCH, conv2d_op, decide, pack
@@ -29,6 +36,7 @@ class _Step:
     def __init__(self, chain: Chain):
         self.layer: Any = chain.layer
         self.norm = None if chain.norm is None else FoldedNorm(chain.norm)
+        self.norm_activates = chain.norm is not None and is_norm_with_activation(chain.norm)
         self.activation, self.pool, self.add_into = chain.activation, chain.pool, chain.add_into
         self.parameters = chain.layer._parameters
         self.packs: Packs = chain.layer._kept()
@@ -47,7 +55,7 @@ class _Step:
             else:
                 residual += out
                 out = residual
-        if self.activation is not None and self.layer.activation is None:
+        if self.activation is not None and self.layer.activation is None and not self.norm_activates:
             out = _activation.FUNCTIONS[self.activation](out)
         return F.max_pool2d(out, 2) if self.pool else out
 
@@ -103,7 +111,7 @@ class _Conv2dStep(_Step):
         )
 
     def _decide(self, input: Tensor, weight: Tensor) -> tuple[int, Tensor | None]:
-        kernel, packed = decide(input, weight, self.geometry), None
+        kernel, packed = decide(input, weight, self.geometry, True), None
         if kernel != TORCH:
             packed = self.packs.get(weight, (kernel, input.dtype), lambda: pack(weight, self.geometry, kernel))
         return kernel, packed
@@ -187,11 +195,14 @@ class _NormStep:
     def __init__(self, chain: Chain):
         self.norm = FoldedNorm(chain.layer)
         self.relu = chain.activation is not None
+        self.is_whole = is_norm_with_activation(chain.layer)
 
     def __call__(self, input: Tensor) -> Tensor:
         scale, shift = self.norm.get()
         if input.dim() != 4 or input.dtype != scale.dtype:
             out = self.norm.norm(input)
+            if self.is_whole:
+                return out
         else:
             out = torch.addcmul(shift.view(1, -1, 1, 1), input, scale.view(1, -1, 1, 1))
         return out.relu_() if self.relu else out
@@ -304,7 +315,7 @@ _training = operator.itemgetter("training")
 
 
 def _is_opaque(module: nn.Module) -> bool:
-    if is_frozen_norm(module):
+    if is_frozen_norm(module) or is_norm_with_activation(module):
         return False
     home = type(module).__module__
     return any(True for _ in module.children()) or not home.startswith(("torch.nn.", "pyvision_kernels.nn."))

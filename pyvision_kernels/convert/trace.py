@@ -22,6 +22,7 @@ _LOCK = threading.RLock()  # torch.fx replaces nn.Module.__call__ while it trace
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 EXCLUDED = "_pvk_excluded"  # on a module that convert was told to leave
 _FROZEN = "torchvision.ops.misc.FrozenBatchNorm2d"
+_NORM_ACT = "timm.layers.norm_act.BatchNormAct2d"
 
 
 class NotFollowed(Exception):
@@ -39,8 +40,16 @@ def hooks_of(module: nn.Module) -> list[Any]:
 
 
 def is_frozen_norm(module: nn.Module) -> bool:
-    cls = type(module)
-    return f"{cls.__module__}.{cls.__qualname__}" == _FROZEN
+    return _name_of(module) == _FROZEN
+
+
+def is_norm_with_activation(module: nn.Module) -> bool:
+    """timm's batch norm that is followed by its submodules `drop` and `act`; where nobody watches these."""
+    return _name_of(module) == _NORM_ACT and not any(map(has_hooks, module.children()))
+
+
+def _name_of(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 class _Value(fx.Proxy):
@@ -84,11 +93,9 @@ class _Tracer(fx.Tracer):
         return _Value(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        home = type(m).__module__
-        stock = home.startswith(("torch.nn.", "torch.ao.nn.", "pyvision_kernels.nn."))
-        return (
-            EXCLUDED in m.__dict__ or has_hooks(m) or is_frozen_norm(m) or (stock and not isinstance(m, nn.Sequential))
-        )
+        stock = type(m).__module__.startswith(("torch.nn.", "torch.ao.nn.", "pyvision_kernels.nn."))
+        known = is_frozen_norm(m) or is_norm_with_activation(m) or (stock and not isinstance(m, nn.Sequential))
+        return known or EXCLUDED in m.__dict__ or has_hooks(m)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         if threading.get_ident() != self._thread:

@@ -161,13 +161,13 @@ def test_strict_numerics_leaves_out_the_large_tiles():
     case = next(case for case in SPEC.cases if case.name == "winograd4")
     inputs = case.inputs(torch.float32)
     geometry = Geometry.of(1, 1, 1, 1, "zeros", (3, 3))
-    assert decide(inputs["input"], inputs["weight"], geometry) == algorithm.WINOGRAD4
+    assert decide(inputs["input"], inputs["weight"], geometry, True) == algorithm.WINOGRAD4
     with pvk.strict_numerics():
-        assert decide(inputs["input"], inputs["weight"], geometry) == algorithm.WINOGRAD2
+        assert decide(inputs["input"], inputs["weight"], geometry, True) == algorithm.WINOGRAD2
         exact = reference.conv2d(**{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})
         ours, peer = pvk.ops.conv2d(**inputs).double(), SPEC.peer(**inputs).double()
         assert (ours - exact).abs().max() <= 2 * (peer - exact).abs().max() + 1e-7 * exact.abs().max()
-    assert decide(inputs["input"], inputs["weight"], geometry) == algorithm.WINOGRAD4
+    assert decide(inputs["input"], inputs["weight"], geometry, True) == algorithm.WINOGRAD4
 
 
 @pytest.mark.parametrize("channels", [64, 512])
@@ -492,3 +492,18 @@ def test_winograd_is_the_same_for_every_division_of_the_work(kernel, channels, s
         torch.set_num_threads(threads)
     assert (runs[0] - exact).norm() <= 2e-6 * exact.norm()
     assert all(torch.equal(runs[0], other) for other in runs)
+
+
+@pytest.mark.parametrize("kernel", WINOGRADS)
+@pytest.mark.parametrize("padding_mode", range(1, len(MODES)))
+def test_winograd_tiles_beyond_the_output_read_nothing(kernel, padding_mode):
+    x = torch.randn(1, 3, 3, 2, generator=torch.Generator().manual_seed(1))
+    w = torch.ones(2, 3, 3, 3)
+    geometry = Geometry.of(1, 1, 1, 1, MODES[padding_mode], (3, 3))
+    torch.testing.assert_close(_by(kernel, x, w, None, geometry), _expected(x, w, None, geometry))
+
+
+def test_depthwise_of_a_map_larger_than_the_caches():  # its outputs go past them
+    x = torch.randn(1, 64, 260, 201).contiguous(memory_format=torch.channels_last)
+    w, geometry = torch.randn(64, 1, 3, 3), Geometry.of(1, 1, 1, 64, "zeros", (3, 3))
+    _check(algorithm.DEPTHWISE, x, w, geometry, True)

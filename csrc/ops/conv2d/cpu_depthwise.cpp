@@ -10,119 +10,24 @@
 #include "core/simd.h"
 #include "core/transpose.h"
 #include "ops/conv2d/depthwise.h"
+#include "ops/conv2d/depthwise_tile.h"
 
 namespace pvk::conv2d::PVK_ISA {
 namespace {
 
-// Output columns of a register tile. AVX2's 16 registers hold 8 sums, a row of up to 7 weights and an input.
-constexpr int kColumns = 8;
-constexpr int64_t kBlockBytes = 20 << 10;    // of the input rows that a column of tiles keeps in the first-level cache
-constexpr int64_t kTurnedBytes = 256 << 10;  // of the input that a task turns into scratch
-constexpr int64_t kBandOutputs = 64 << 10;
-constexpr int64_t kSmallWork = 1 << 18;  // multiply-adds
+constexpr int64_t kBlockBytes = 20 << 10;     // of the input rows that a column of tiles keeps in the first-level cache
+constexpr int64_t kTurnedBytes = 256 << 10;   // of the input that a task turns into scratch
+constexpr int64_t kBandOutputs = 64 << 10;    // that a task writes, about
+constexpr int64_t kStreamedBytes = 12 << 20;  // of outputs that go past the caches
+constexpr int64_t kSmallWork = 1 << 18;       // multiply-adds that waking a thread is not worth
 
-// kColumns outputs of a row, at a block of channels.
-template <typename T>
-struct Tile {
-  const T* input;
-  const T* weight;         // [R * S][pitch]
-  const int64_t* rows;     // tap r reads rows[r * row_step]
-  const int64_t* columns;  // tap s of output o reads columns[o * stride + s * column_step]
-  int64_t R, S, row_step, column_step, stride, pitch;
-};
-
-// A row of taps: each input register is loaded once and goes into every sum that it is part of.
-template <int S, int kStride, typename T>
-PVK_INLINE void add_row(Vec<T>* sums, const T* row, const int64_t* columns, const T* weight, int64_t pitch) {
-  Vec<T> w[S];
-#pragma GCC unroll 8
-  for (int s = 0; s < S; ++s) w[s] = load(weight + s * pitch);
-#pragma GCC unroll 32
-  for (int i = 0; i < (kColumns - 1) * kStride + S; ++i) {
-    if (columns[i] < 0) continue;
-    const Vec<T> x = load(row + columns[i]);
-#pragma GCC unroll 8
-    for (int s = 0; s < S; ++s) {
-      if (i >= s && (i - s) % kStride == 0 && (i - s) / kStride < kColumns)
-        sums[(i - s) / kStride] = fma(x, w[s], sums[(i - s) / kStride]);
-    }
-  }
-}
-
-// The same for any kernel size, stride and dilation.
-template <typename T>
-PVK_INLINE void add_any_row(Vec<T>* sums, const T* row, const Tile<T>& tile, const T* weight) {
-  for (int64_t s = 0; s < tile.S; ++s) {
-    const Vec<T> w = load(weight + s * tile.pitch);
-    const int64_t* column = tile.columns + s * tile.column_step;
-#pragma GCC unroll 8
-    for (int o = 0; o < kColumns; ++o, column += tile.stride)
-      if (*column >= 0) sums[o] = fma(load(row + *column), w, sums[o]);
-  }
-}
-
-template <int S, int kStride, typename T>
-PVK_INLINE void convolve(Vec<T>* sums, const Tile<T>& tile, int64_t c) {
-#pragma GCC unroll 8
-  for (int o = 0; o < kColumns; ++o) sums[o] = Vec<T>{};
-  for (int64_t r = 0; r < tile.R; ++r) {
-    const int64_t row = tile.rows[r * tile.row_step];
-    if (row < 0) continue;
-    const T* x = tile.input + row + c;
-    const T* w = tile.weight + r * tile.S * tile.pitch + c;
-    if constexpr (S > 0) {
-      add_row<S, kStride, T>(sums, x, tile.columns, w, tile.pitch);
-    } else {
-      add_any_row<T>(sums, x, tile, w);
-    }
-  }
-}
-
-// Registers of `channels`, the last one overlapping the one before.
-template <typename T, typename Body>
-PVK_INLINE void for_registers(int64_t channels, const Body& body) {
-  for (int64_t c = 0; c < channels; c += kLanes<T>)
-    body(c + kLanes<T> <= channels || channels < kLanes<T> ? c : channels - kLanes<T>);
-}
-
-// Where the outputs of a tile go: finished, or as sums [o][c * M] of one m.
+// Whether outputs are whole lines, and too many to be found in a cache by what reads them.
 template <typename scalar_t>
-struct Outputs {
-  using T = opmath_t<scalar_t>;
-  scalar_t* output;  // null: to sums
-  int64_t pitch;
-  int count;
-  const T *scale, *shift;
-  T* sums;
-  int64_t sums_pitch, M;
-};
-
-template <int S, int kStride, typename scalar_t, typename T>
-void convolve_tile(const Tile<T>& tile, int64_t channels, const Outputs<scalar_t>& out,
-                   const CheapActivation<T>& activation) {
-  for_registers<T>(channels, [&](int64_t c) __attribute__((always_inline)) {
-    Vec<T> sums[kColumns];
-    convolve<S, kStride, T>(sums, tile, c);
-    if (out.output != nullptr) {
-      const Vec<T> scale = load(out.scale + c), shift = load(out.shift + c);
-#pragma GCC unroll 8
-      for (int o = 0; o < kColumns; ++o) sums[o] = fma(sums[o], scale, shift);
-      activation.apply(sums);
-      scalar_t* target = out.output + c;
-#pragma GCC unroll 8
-      for (int o = 0; o < kColumns; ++o, target += out.pitch)
-        if (o < out.count) store(target, sums[o]);
-    } else if (out.M == 1) {
-#pragma GCC unroll 8
-      for (int o = 0; o < kColumns; ++o) store(out.sums + o * out.sums_pitch + c, sums[o]);
-    } else {
-      T lanes[kColumns][kLanes<T>];
-#pragma GCC unroll 8
-      for (int o = 0; o < kColumns; ++o) store(lanes[o], sums[o]);
-      for (int o = 0; o < kColumns; ++o)
-        for (int i = 0; i < kLanes<T>; ++i) out.sums[o * out.sums_pitch + (c + i) * out.M] = lanes[o][i];
-    }
-  });
+bool streams_outputs(const Conv2dParams& p) {
+  constexpr int64_t kLine = 64, kSize = sizeof(scalar_t);
+  if (kRegisterBytes != kLine || kSize < 4 || p.N * p.K * p.OH * p.OW * kSize < kStreamedBytes) return false;
+  const int64_t offsets = p.output_stride[0] | p.output_stride[2] | p.output_stride[3] | p.C;
+  return (offsets * kSize | int64_t(reinterpret_cast<uintptr_t>(p.output))) % kLine == 0;
 }
 
 // rows [2][columns][pitch] of finished outputs to [columns / 2] pooled ones.
@@ -165,6 +70,7 @@ struct Call {
   const Epilogue<T>& epilogue;
   const CheapActivation<T>& activation;
   int64_t M;
+  bool streams;
 };
 
 // A band of output rows of a block of channels, both channels_last.
@@ -187,7 +93,7 @@ void convolve_band(const Call<scalar_t>& call, const Band<scalar_t>& band, Buffe
   const int64_t pitch = ceil_div(outputs, int64_t(kLanes<T>)) * kLanes<T> * (call.M > 1 ? call.M : 1);
   if (!direct) sums.reserve(kColumns * pitch);
   if (p.pool) finished.reserve(2 * kColumns * pitch);
-  Tile<T> tile;
+  DepthwiseTile<T> tile;
   tile.input = band.input;
   tile.R = p.R;
   tile.S = p.S;
@@ -195,18 +101,30 @@ void convolve_band(const Call<scalar_t>& call, const Band<scalar_t>& band, Buffe
   tile.column_step = p.dilation[1];
   tile.stride = p.stride[1];
   tile.pitch = call.pitch;
-  Outputs<scalar_t> out{};
+  DepthwiseOutputs<scalar_t> out{};
   out.pitch = band.output_pixel;
   out.scale = call.epilogue.scale() + band.c;
   out.shift = call.epilogue.shift() + band.c;
   out.sums_pitch = pitch;
   out.M = call.M;
+  out.streams = call.streams;
   for (int64_t ow = 0; ow < OW; ow += kColumns) {
     tile.columns = call.columns + ow * p.stride[1];
     out.count = int(min_of(int64_t(kColumns), OW - ow));
     for (int64_t oh = band.first; oh < band.last; ++oh) {
       tile.rows = call.rows + oh * p.stride[0];
       tile.weight = call.weight + band.c;
+      if (oh + 1 < band.last) {
+        tile.ahead = tile.rows + (p.R - 1) * p.dilation[0] + 1;
+        tile.ahead_columns = tile.columns;
+        tile.ahead_count = p.stride[0];
+        tile.ahead_step = 1;
+      } else {
+        tile.ahead = call.rows + band.first * p.stride[0];
+        tile.ahead_columns = tile.columns + kColumns * p.stride[1];
+        tile.ahead_count = ow + kColumns < OW ? p.R : 0;
+        tile.ahead_step = p.dilation[0];
+      }
       scalar_t* const target = band.output + oh * band.output_row + ow * band.output_pixel;
       if (direct) {
         out.output = target;
@@ -302,6 +220,7 @@ void run_in_place(Call<scalar_t> call, const TapTable& rows, const TapTable& col
   const TapOffsets row_offsets(rows, p.input_stride[2]), column_offsets(columns, p.input_stride[3]);
   call.rows = row_offsets.data();
   call.columns = column_offsets.data();
+  call.streams = streams_outputs<scalar_t>(p);
   const ConvolveBand<scalar_t> convolve = choose<scalar_t>(p);
   const int64_t tasks = p.N * bands * blocks.count;
   parallel_for(tasks, tasks_together(p, tasks), [&](int64_t begin, int64_t end) {
@@ -321,6 +240,7 @@ void run_in_place(Call<scalar_t> call, const TapTable& rows, const TapTable& col
       part.last = min_of(part.first + band, OH);
       convolve(call, part, sums, finished);
     }
+    if (call.streams) end_of_streams();
   });
 }
 
@@ -462,8 +382,8 @@ void forward_typed(const Conv2dParams& p) {
   if (p.C < kLanes<T>) return depthwise_planes<scalar_t>(p, weight, pitch);
   const Epilogue<T> epilogue(p.K, p.bias, p.bias_dtype, p.scale, p.shift, p.scale_dtype, p.activation);
   const CheapActivation<T> activation(p.activation);
-  const TapTable rows(p, 0, 0), columns(p, 1, kColumns * p.stride[1]);
-  const Call<scalar_t> call{p, weight, pitch, nullptr, nullptr, epilogue, activation, M};
+  const TapTable rows(p, 0, p.stride[0]), columns(p, 1, kColumns * p.stride[1]);
+  const Call<scalar_t> call{p, weight, pitch, nullptr, nullptr, epilogue, activation, M, false};
   if constexpr (sizeof(scalar_t) == sizeof(T)) {
     if (p.input_stride[1] == 1 && p.output_stride[1] == 1) return run_in_place(call, rows, columns);
   }

@@ -218,6 +218,7 @@ void compute(const Direct<In, scalar_t>& d, Scratch<In>& scratch, int64_t first,
     block.sums = sums.data();
     block.pitch = pitch;
     block.zeros = d.zeros;
+    block.prefetch_rows = w.taps == 1 && w.channels <= 128 && i == first_panel;
     const int64_t channel = group * w.outputs + w.panels.first_output(panel);
     const int64_t channels = w.panels.outputs_of(panel);
     scalar_t* const to = output + first * p.K + channel;

@@ -157,13 +157,14 @@ class Convolution {
 
   void run() {
     const int64_t threads = thread_count();
-    const int64_t tile_bytes = kElements * pitch_ * int64_t(sizeof(T));
+    const int64_t tile_bytes = kElements * max_of<int64_t>(pitch_, 1) * int64_t(sizeof(T));
     const int64_t fitting = min_of(kBlockBytes / tile_bytes, kMostTiles);
     const bool apart = fitting >= kLeastTiles && tiles_ >= threads * kLeastTiles;
     const int64_t most = apart ? fitting : max_of(kSharedBytes / tile_bytes, kLeastTiles);
     Buffer<T> own;
     weights_ = static_cast<const T*>(p.packed);
-    if (weights_ == nullptr && (apart || tiles_ > most || ceil_div<int64_t>(p.K, kPanel) < threads)) {
+    const bool few = tiles_ <= min_of(most, 2 * kMostTiles) && ceil_div<int64_t>(p.K, kPanel) >= threads;
+    if (weights_ == nullptr && (apart || !few)) {
       own.reserve(Packed::count(p));
       Packed::template pack<scalar_t>(p, own.data());
       weights_ = own.data();
@@ -287,6 +288,11 @@ class Convolution {
     }
   }
 
+  // The row or column of the input that is `i` of the padded one, or -1: zero, as beyond what the output reads.
+  int64_t source(int64_t i, int64_t outputs, int64_t padding, int64_t size) const {
+    return i < outputs + 2 ? source_index(p.padding_mode, i - padding, size) : -1;
+  }
+
   // Tiles beside each other: all columns downwards first, those that tiles share once; then each tile across.
   void transform_strip(Tile at, int count, int64_t c_begin, int64_t c_end, T* target, int64_t plane) {
     constexpr int kMostColumns = kStripTiles * kOut + 2;
@@ -294,13 +300,13 @@ class Convolution {
     const scalar_t* row[kIn];
     int64_t column[kMostColumns], inside[kIn];  // inside: all ones, or 0 where the row is zeros
     for (int i = 0; i < kIn; ++i) {
-      const int64_t y = source_index(p.padding_mode, at.row * kOut + i - p.padding_top, p.H);
+      const int64_t y = source(at.row * kOut + i, p.OH, p.padding_top, p.H);
       row[i] = y < 0 ? &zeros_[0] : image + y * p.input_stride[2];
       inside[i] = y < 0 ? 0 : -1;
     }
     const int columns = count * kOut + 2;
     for (int j = 0; j < columns; ++j) {
-      const int64_t x = source_index(p.padding_mode, at.column * kOut + j - p.padding_left, p.W);
+      const int64_t x = source(at.column * kOut + j, p.OW, p.padding_left, p.W);
       column[j] = x < 0 ? -1 : x * p.input_stride[3];
     }
     for (int64_t c = c_begin; c < c_end; c += kLanes<T>) {

@@ -40,20 +40,35 @@ class Problem:
         return (self.R, self.S) == (3, 3) and self.stride == one and self.dilation == one and self.groups == 1
 
 
-def ours(problem: Problem, strict: bool) -> int:
-    """The best of our own kernels. strict: without F(4x4, 3x3), whose error may exceed twice PyTorch's."""
+# algorithm -> (side of a tile of pixels, products a tile and channel)
+_TILES = {DIRECT: (1, 9), WINOGRAD2: (2, 16), WINOGRAD4: (4, 36)}
+# A pass over the weights costs as much as so many tiles: to read them, or to transform them first.
+_TILES_TO_READ, _TILES_TO_PACK = 8, 28
+
+
+def ours(problem: Problem, strict: bool, packed: bool) -> int:
+    """The best of our own kernels.
+
+    Args:
+        strict: Without F(4x4, 3x3), whose error may exceed twice PyTorch's.
+        packed: The packed weight is kept between calls.
+    """
     p = problem
     if p.groups > 1 and p.groups == p.C:
         return DEPTHWISE
     if p.groups == 1 and p.C <= FEW:
         return FEW_CHANNELS
-    if not p.is_dense_3x3 or p.C < 16 or p.K < 16:
+    if not p.is_dense_3x3 or p.C < 8 or p.K < 4:
         return DIRECT
-    if strict or min(p.OH, p.OW) < 8 or p.N * p.OH * p.OW < 256:
-        return WINOGRAD2
-    return WINOGRAD4
+    weights = _TILES_TO_READ if packed else _TILES_TO_PACK
+
+    def cost(algorithm: int) -> int:
+        side, products = _TILES[algorithm]
+        return products * (p.N * -(-p.OH // side) * -(-p.OW // side) + weights)
+
+    return min((DIRECT, WINOGRAD2) if strict else (WINOGRAD4, WINOGRAD2, DIRECT), key=cost)
 
 
-def torch_is_faster(problem: Problem) -> bool:
+def torch_is_faster(problem: Problem, packed: bool) -> bool:
     """Where PyTorch's kernel was measured to be faster than ours."""
     return problem.device == "cuda"  # our kernel there is plain, for now

@@ -151,8 +151,8 @@ conv2d_pack_op = declare(
 _MOST_DECIDED = 4096  # sizes of inputs of a Geometry
 
 
-def decide(input: Tensor, weight: Tensor, geometry: Geometry) -> int:
-    """The number of the algorithm for these inputs, or TORCH."""
+def decide(input: Tensor, weight: Tensor, geometry: Geometry, packed: bool) -> int:
+    """The number of the algorithm for these inputs, or TORCH. packed: the packed weight is kept between calls."""
     require(weight.dim() == 4, "conv2d", "weight to have 4 dimensions [K, C / groups, R, S]", weight.shape)
     require(input.dim() == 4, "conv2d", "input to have 4 dimensions [N, C, H, W]", input.shape)
     mode, strict = CHOICE.key
@@ -168,9 +168,9 @@ def decide(input: Tensor, weight: Tensor, geometry: Geometry) -> int:
         input.dtype,
         input.device.type,
     )
-    if mode == "torch" or (mode == "auto" and algorithm.torch_is_faster(problem)):
+    if mode == "torch" or (mode == "auto" and algorithm.torch_is_faster(problem, packed)):
         return TORCH
-    return algorithm.ours(problem, strict)
+    return algorithm.ours(problem, strict, packed)
 
 
 def flows_channels_last(input: Tensor, weight: Tensor) -> bool:
@@ -204,15 +204,15 @@ def run(
         Others: as of conv2d; input is [N, C, H, W].
     """
     if torch.compiler.is_compiling():
-        kernel = decide(input, weight, geometry)
+        kernel = decide(input, weight, geometry, packs is not None)
     else:
-        key = (input.shape, weight.shape, input.dtype, input.device.type, CHOICE.key)
+        key = (input.shape, weight.shape, input.dtype, input.device.type, CHOICE.key, packs is None)
         try:
             kernel = geometry.plans[key]
         except KeyError:
             if len(geometry.plans) > _MOST_DECIDED:
                 geometry.plans.clear()
-            kernel = geometry.plans[key] = decide(input, weight, geometry)
+            kernel = geometry.plans[key] = decide(input, weight, geometry, packs is not None)
     if channels_last is None:
         channels_last = flows_channels_last(input, weight)
     if kernel == TORCH:
