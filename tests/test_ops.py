@@ -21,6 +21,11 @@ ERRORS = [pytest.param(spec, error, id=f"{spec.name}-{error.name}") for spec in 
 by_op = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 
 
+def _has_its_own_operator(spec) -> bool:
+    """Else it runs another function's, which is compiled and checked for that one."""
+    return spec.operators[0] == spec.name
+
+
 @pytest.mark.every_schedule
 @pytest.mark.parametrize(("spec", "case", "dtype"), CASES)
 def test_error_is_at_most_twice_the_peers(spec, case, dtype, device):
@@ -39,7 +44,7 @@ def test_bad_input_raises_the_projects_words(spec, error, device):
 @by_op
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_opcheck(spec, device):
-    for case in spec.tests()[1:5]:
+    for case in spec.tests()[1 : 5 if _has_its_own_operator(spec) else 2]:
         for layout in spec.layouts:
             inputs = case.inputs(torch.float32, device, layout)
             with _Record(spec.operators[0]) as calls:
@@ -110,7 +115,7 @@ def test_under_compile_fullgraph(spec, device):
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.differentiable], ids=lambda spec: spec.name)
 def test_inductor_with_gradients_and_changing_sizes(spec):
     compiled = torch.compile(spec.op, fullgraph=True, dynamic=True)
-    for case in spec.tests()[:3]:
+    for case in spec.tests()[: 3 if _has_its_own_operator(spec) else 1]:
         inputs = case.inputs(torch.float32)
         ours, eager = _outputs_and_gradients(spec, inputs, compiled), _outputs_and_gradients(spec, inputs)
         outputs = len(tensors_of(spec.op(**inputs)))
@@ -145,9 +150,17 @@ def test_autocast_gives_the_dtype_that_torchvision_gives(spec, device):
         inputs = spec.tests()[1].inputs(dtype, device)
         with torch.autocast(device, torch.bfloat16):
             ours, theirs = spec.op(**inputs), spec.peer(**inputs)
-        # Dtypes too; torchvision may round on the way.
-        unit = torch.finfo(dtype).eps
-        torch.testing.assert_close(ours, theirs, rtol=16 * unit, atol=16 * unit)
+        assert ours.dtype == theirs.dtype
+        if spec.peer_is_native:  # both round what they multiply
+            bound = 4 * torch.finfo(ours.dtype).eps * float(theirs.abs().max())
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=bound)
+            continue
+        # In 16 bits torchvision may round on the way: its values are those of float32.
+        single = {
+            name: map_tensors(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, value)
+            for name, value in inputs.items()
+        }
+        torch.testing.assert_close(ours, spec.peer(**single).to(ours.dtype))
 
 
 class _Record:

@@ -24,7 +24,9 @@ every_op = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_the_folders_agree():
     assert sorted(path.name for path in (CSRC / "ops").iterdir()) == FOLDERS
     assert sorted(path.stem for path in (ROOT / "docs" / "ops").glob("*.md")) == FOLDERS
-    assert sorted(path.stem.removeprefix("test_") for path in (ROOT / "tests" / "ops").glob("test_*.py")) == FOLDERS
+    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "ops").glob("test_*.py")}
+    assert tests.issuperset(FOLDERS)
+    assert all(name.startswith(tuple(FOLDERS)) for name in tests)  # a folder may have more than one
 
 
 def test_every_public_function_has_cases_and_every_folder_bears_the_name_of_one():

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pyvision_kernels import _activation, _backend
-from pyvision_kernels._check import require, require_tensors
+from pyvision_kernels._check import autocasts, require, require_tensors
 from pyvision_kernels.ops.conv2d.geometry import Geometry, Padding, as_pair
 from pyvision_kernels.ops.conv2d.operator import run
 
@@ -121,7 +120,7 @@ def conv_transpose2d(
     for more, step, spread in zip(extra, stride, dilation, strict=True):
         require(more < max(step, spread), op, "output_padding to be below stride or dilation", extra)
     if (
-        torch.is_autocast_enabled(input.device.type)
+        autocasts(input)
         or _backend.CHOICE.backend == "torch"
         or (_backend.CHOICE.backend == "auto" and (stride != (1, 1) or input.is_cuda))
     ):
