@@ -93,7 +93,7 @@ def detect(name: str, options: argparse.Namespace, folder: Path, console: Consol
     small: dict[str, Any] = {"side": 200, "proposals": 100} if options.smoke else {}
     outcome = end_to_end.run(name, options.device, folder, 0.0 if options.smoke else 20.0, **small)
     console.print(
-        f"{name} on a photograph: {outcome.detections} detections of both, matched one to one "
+        f"{name} on a photograph: {outcome.detections} detections of both, matched "
         f"(IoU >= {outcome.worst_iou:.5f}, scores within {outcome.worst_score:.0e}); "
         f"{outcome.timing.ratio.median:.3f}x; roi_align and nms take {outcome.share:.0%} of the stock model's time"
     )
