@@ -154,6 +154,17 @@ def define(contract: Contract, library: torch.library.Library) -> torch._ops.OpO
     return overload
 
 
+class _OpContext:
+    """The context of a Function of leaves, as the gradient of the op knows it: `needs_input_grad` by its arguments."""
+
+    def __init__(self, ctx: Any):
+        self._ctx = ctx
+        self.needs_input_grad = _unflatten(ctx.layout, ctx.needs_input_grad[1:])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
 def _function(
     op: Op, setup: Callable[..., None], gradient: Callable[..., Any], batch: Callable[..., Any] | None
 ) -> type[torch.autograd.Function]:
@@ -173,7 +184,8 @@ def _function(
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            grad_args = gradient(ctx, list(grads)) if op.contract.returns_list else gradient(ctx, *grads)
+            of_op = _OpContext(ctx)
+            grad_args = gradient(of_op, list(grads)) if op.contract.returns_list else gradient(of_op, *grads)
             grad_args = grad_args if isinstance(grad_args, tuple) else (grad_args,)
             pairs = zip(grad_args, ctx.layout, strict=True)
             lists = ([None] * length if grad is None and length is not None else grad for grad, length in pairs)

@@ -87,7 +87,7 @@ def backward(
         at = before if result is None or _activation.needs_input(activation) else result
         grad = _activation.backward(activation, grad, at)
     grads: list[Tensor | None] = [None] * 6
-    grads[5] = grad.to(input.dtype) if needs[5] else None
+    grads[5] = grad.to(input.dtype) if needs[5] and tensors[5] is not None else None
     if needs[4] and shift is not None:
         grads[4] = grad.sum((0, 2, 3)).to(shift.dtype)
     if needs[3] and scale is not None:

@@ -108,7 +108,7 @@ def _backward(ctx, grad):
 
 def _vmap(info, in_dims, *args):
     tensors = [
-        arg.unbind(dim) if dim is not None else (arg,) * info.batch_size
+        arg.unbind(dim) if arg is not None and dim is not None else (arg,) * info.batch_size
         for arg, dim in zip(args[:7], in_dims[:7], strict=True)
     ]
     return torch.stack([conv2d_op(*one, *args[7:]) for one in zip(*tensors, strict=True)]), 0
@@ -176,6 +176,8 @@ def decide(input: Tensor, weight: Tensor, geometry: Geometry, packed: bool) -> i
 def flows_channels_last(input: Tensor, weight: Tensor) -> bool:
     """As PyTorch decides: where the input is, or the weight."""
     last = torch.channels_last
+    if torch._C._functorch.maybe_current_level() is not None:  # vmap's tensors do not say
+        return False
     if input.is_contiguous():
         return weight.is_contiguous(memory_format=last) and not weight.is_contiguous()
     return input.is_contiguous(memory_format=last) or (

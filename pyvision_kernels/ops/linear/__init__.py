@@ -64,8 +64,8 @@ def _backward(ctx, grad):
     return (
         grad @ weight if needs[0] else None,
         grad.mT @ input if needs[1] else None,
-        grad.sum(0).to(bias.dtype) if needs[2] else None,
-        grad if needs[3] else None,
+        grad.sum(0).to(bias.dtype) if needs[2] and bias is not None else None,
+        grad if needs[3] and residual is not None else None,
         None,
         None,
     )
@@ -80,7 +80,7 @@ def _cast(*args):
 
 def _vmap(info, in_dims, *args):
     tensors = [
-        arg.unbind(dim) if dim is not None else (arg,) * info.batch_size
+        arg.unbind(dim) if arg is not None and dim is not None else (arg,) * info.batch_size
         for arg, dim in zip(args[:5], in_dims[:5], strict=True)
     ]
     return torch.stack([linear_op(*one, args[5]) for one in zip(*tensors, strict=True)]), 0
