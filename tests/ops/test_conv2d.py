@@ -267,6 +267,7 @@ def test_only_gradients_that_are_asked_for():
     assert x.grad is None
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_torch_func():
     x, w = torch.randn(3, 2, 4, 6, 6, dtype=torch.float64), torch.randn(5, 4, 3, 3, dtype=torch.float64)
     each = torch.stack([F.conv2d(image, w) for image in x])

@@ -72,6 +72,7 @@ def test_gradients(activation):
     assert torch.autograd.gradgradcheck(function, tensors)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_torch_func():
     x, w = _normal(3, 4, 5, dtype=torch.float64), _normal(6, 5, dtype=torch.float64)
     torch.testing.assert_close(torch.vmap(lambda rows: pvk.ops.linear(rows, w))(x), F.linear(x, w))
