@@ -22,7 +22,6 @@ from torch import Tensor, nn
 import pyvision_kernels as pvk
 from benchmarks import pair
 
-TIES = 0.02  # Part of the detections that may be others.
 Detections = dict[str, Tensor]  # boxes [D, 4] in pixels of the photograph, labels [D], scores [D]
 
 
@@ -151,8 +150,8 @@ def match(stock: Detections, ours: Detections) -> tuple[float, float]:
     """Matches one to one; returns the lowest IoU and the largest difference of scores.
 
     Raises:
-        AssertionError: the counts differ, or more than TIES of the detections lack a counterpart of the same label with
-            an IoU above 0.99, or the scores of the others are not within 1e-3.
+        AssertionError: the counts differ, or a detection has no counterpart of the same label with an IoU above 0.99
+            and a score within 1e-3.
     """
     from torchvision.ops import box_iou
 
@@ -169,14 +168,8 @@ def match(stock: Detections, ours: Detections) -> tuple[float, float]:
         partner[row] = closeness[row].argmax()
         closeness[:, partner[row]] = -torch.inf
     best = iou.gather(1, partner[:, None])[:, 0]
-    # Of two boxes with nearly equal scores NMS keeps the higher, which rounding in a convolution can turn round.
-    found = best > 0.99
-    least = 1 - TIES
-    assert found.float().mean() >= least, (
-        f"expected IoU above 0.99 with the counterpart of {least:.0%}, but got {found.float().mean():.1%}"
-    )
-    best = best[found]
-    difference = (stock["scores"] - ours["scores"][partner]).abs()[found].max().item()
+    difference = (stock["scores"] - ours["scores"][partner]).abs().max().item()
+    assert best.min() > 0.99, f"expected IoU above 0.99 with the counterpart, but got {best.min():.4f}"
     assert difference < 1e-3, f"expected scores within 1e-3 of the counterpart's, but got {difference:.1e}"
     return best.min().item(), difference
 
@@ -230,10 +223,12 @@ def run(name: str, device: str, folder: Path, seconds: float, **model_options: i
     """
     picture = photograph().to(device)
     model = calibrated_detector(name, picture, **model_options)
-    converted = pvk.convert(copy.deepcopy(model))
-    stock = detect(model, picture)
+    converted = pvk.convert(copy.deepcopy(model), fuse=True)
+    # In float64: in float32 the rounding of a convolution decides which of two nearly equal boxes NMS keeps.
+    precise = copy.deepcopy(model).double()
+    stock = detect(precise, picture.double())
     assert_spread(stock, picture)
-    ours = detect(converted, picture)
+    ours = detect(pvk.convert(precise, fuse=True), picture.double())
     worst_iou, worst_score = match(stock, ours)
     draw(stock, ours, picture, folder / f"detections-{name}.png")
     share = share_of_kernels(model, picture)

@@ -33,6 +33,7 @@ class Problem:
     groups: int
     dtype: torch.dtype
     device: str
+    channels_last: bool
 
     @property
     def is_dense_3x3(self) -> bool:
@@ -70,5 +71,18 @@ def ours(problem: Problem, strict: bool, packed: bool) -> int:
 
 
 def torch_is_faster(problem: Problem, packed: bool) -> bool:
-    """Where PyTorch's kernel was measured to be faster than ours."""
-    return problem.device == "cuda"  # our kernel there is plain, for now
+    """Where PyTorch's kernel was measured to be faster than ours. packed: as of `ours`."""
+    p = problem
+    if p.device == "cuda":  # our kernel there is plain, for now
+        return True
+    if p.device != "cpu" or p.dtype != torch.bfloat16:
+        return False
+    # PyTorch's kernels for bfloat16, which multiply by dot products where ours convert to float32.
+    if p.groups > 1 and p.groups == p.C:
+        return p.channels_last and p.N * p.OH * p.OW > 14 * 14
+    if p.groups > 1:
+        return p.C // p.groups <= 8
+    if p.C <= FEW:
+        return p.OH * p.OW > 28 * 28 and (p.channels_last or p.R > 3)
+    # Of a small map the weights are most of the work where they are transformed at every call.
+    return not packed and p.is_dense_3x3 and p.N * p.OH * p.OW <= 14 * 14

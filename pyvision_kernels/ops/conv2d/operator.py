@@ -167,6 +167,7 @@ def decide(input: Tensor, weight: Tensor, geometry: Geometry, packed: bool) -> i
         geometry.groups,
         input.dtype,
         input.device.type,
+        flows_channels_last(input, weight),
     )
     if mode == "torch" or (mode == "auto" and algorithm.torch_is_faster(problem, packed)):
         return TORCH
@@ -208,7 +209,7 @@ def run(
     if torch.compiler.is_compiling():
         kernel = decide(input, weight, geometry, packs is not None)
     else:
-        key = (input.shape, weight.shape, input.dtype, input.device.type, CHOICE.key, packs is None)
+        key = (input.shape, input.stride(), weight.shape, input.dtype, input.device.type, CHOICE.key, packs is None)
         try:
             kernel = geometry.plans[key]
         except KeyError:

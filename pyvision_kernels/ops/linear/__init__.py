@@ -15,6 +15,7 @@ from pyvision_kernels.ops.conv2d.operator import Packs
 from pyvision_kernels.ops.linear import reference
 
 _OP = "linear"
+_ROWS_WITHOUT_PACKING = 16  # at most so many are multiplied with the weight as it is
 
 
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
@@ -134,7 +135,7 @@ def run(
     ):
         return reference.linear(input, weight, bias, residual=residual, activation=activation)
     packed = None
-    if packs is not None:
+    if packs is not None and size[0] > _ROWS_WITHOUT_PACKING:
         packed = packs.get(weight, input.dtype, lambda: linear_pack_op(weight.detach()))
     return linear_op(input, weight, bias, residual, packed, _activation.NUMBERS[activation])
 
