@@ -235,6 +235,16 @@ def test_tiles_keep_what_is_not_finite_where_it_is():
     assert torch.equal(infinite[0, 4].nan_to_num(), out[0, 4].nan_to_num())
 
 
+def test_only_the_model_of_tiles_keeps_subnormals():
+    x = torch.full((1, 32, 4, 4), 2.0**-130, dtype=torch.bfloat16)
+    w = torch.full((16, 32, 1, 1), 2.0**120, dtype=torch.bfloat16)
+    geometry = Geometry.of(1, 0, 1, 1, "zeros", (1, 1))
+    with _tile_model():
+        assert (_direct(x, w, geometry) == 2.0**-5).all()
+        assert (_direct(x[:, :, :1, :3], w, geometry) == 0).all()  # too few pixels for a tile: dot products
+        assert (_direct(x[:, :31], w[:, :31], geometry) == 0).all()  # too few channels
+
+
 @pytest.mark.skipif("avx512" not in cpu_capabilities(), reason="needs two instruction sets with as large packs")
 def test_weights_packed_for_another_instruction_set_are_packed_anew():
     x, w, geometry = _problem((1, 32, 9, 9), 64, 3, padding=1)
