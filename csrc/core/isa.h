@@ -17,6 +17,11 @@ CpuCapability cpu_capability();
 // Weights that were packed before are of the other layout.
 bool cpu_has_bfloat16_dot();
 
+// Whether bfloat16 products beside those go to AMX's tile registers, or to the model of them (core/amx.h), which only
+// tests ask for. PVK_CPU_AMX=0 and pvk_set_cpu_amx() turn it off. The first call asks Linux for the tiles.
+enum class CpuAmx { kNone, kTiles, kModel };
+CpuAmx cpu_amx();
+
 }  // namespace pvk
 
 #if defined(PVK_ISA_BASELINE) && defined(__x86_64__)

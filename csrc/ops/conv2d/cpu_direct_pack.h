@@ -1,8 +1,8 @@
 // The direct convolution's weights: for each group, each panel of outputs, [tap][channel][width], in the computing
 // type.
 //
-// Before them one word: whether all are finite. Where they are not, a padded zero times an infinite weight must not
-// become NaN, so the kernel leaves padded taps out.
+// Before them two words. First, whether all are finite: where they are not, a padded zero times an infinite weight must
+// not become NaN, so the kernel leaves padded taps out. Then the layout, which another instruction set's differs from.
 #pragma once
 
 #include <cstdint>
@@ -45,6 +45,15 @@ struct DirectWeights {
     return group * group_elements() + panels.first_output(panel) * depth();
   }
 };
+
+template <typename In>
+inline constexpr int64_t kLayout = kRegisterBytes * 16 + int64_t(sizeof(In));
+
+// Whether weights were packed for this instruction set and this type; a test may have changed it since.
+template <typename In>
+bool packed_here(const void* packed) {
+  return static_cast<const int64_t*>(packed)[1] == kLayout<In>;
+}
 
 template <typename In>
 int64_t packed_bytes_typed(const Conv2dParams& p) {
@@ -95,7 +104,8 @@ void pack_typed(const Conv2dParams& p, void* packed) {
       if constexpr (w.kPairs) pack_pairs(to, values, w.taps, channels, width);
     }
   });
-  *static_cast<int64_t*>(packed) = bad == 0;
+  static_cast<int64_t*>(packed)[0] = bad == 0;
+  static_cast<int64_t*>(packed)[1] = kLayout<In>;
 }
 
 }  // namespace pvk::conv2d::PVK_ISA

@@ -10,9 +10,11 @@
 #include "core/epilogue.h"
 #include "core/gemm_bfloat16.h"
 #include "core/gemm_tile.h"
+#include "core/isa.h"
 #include "core/parallel.h"
 #include "core/simd.h"
 #include "ops/conv2d/conv2d.h"
+#include "ops/conv2d/cpu_direct_amx.h"
 #include "ops/conv2d/cpu_direct_groups.h"
 #include "ops/conv2d/cpu_direct_pack.h"
 #include "ops/conv2d/cpu_direct_taps.h"
@@ -194,9 +196,9 @@ struct Scratch {
 };
 
 // Panels [first_panel, last_panel) of all groups, for `count` units from `first`.
-template <typename In, typename scalar_t>
-void compute(const Direct<In, scalar_t>& d, Scratch<In>& scratch, int64_t first, int64_t count, int64_t first_panel,
-             int64_t last_panel) {
+template <typename In, typename scalar_t, typename Tiles>
+void compute(const Direct<In, scalar_t>& d, Scratch<In>& scratch, [[maybe_unused]] Tiles& tiles, int64_t first,
+             int64_t count, int64_t first_panel, int64_t last_panel) {
   using T = opmath_t<In>;
   const Conv2dParams& p = d.p;
   const DirectWeights<In>& w = d.weights;
@@ -204,7 +206,7 @@ void compute(const Direct<In, scalar_t>& d, Scratch<In>& scratch, int64_t first,
   Buffer<const In*>& table = scratch.table;
   Buffer<T>& sums = scratch.sums;
   table.reserve(w.taps * pixels);
-  sums.reserve(pixels * kPanelWidth<T>);
+  sums.reserve(ceil_div<int64_t>(pixels, 16) * 16 * kPanelWidth<T>);  // tiles write 16 rows
   d.taps.fill(table.data(), pixels, d.input, d.zeros, first, count);
   scalar_t* const output = static_cast<scalar_t*>(p.output);
   for (int64_t i = first_panel; i < last_panel; ++i) {
@@ -223,8 +225,12 @@ void compute(const Direct<In, scalar_t>& d, Scratch<In>& scratch, int64_t first,
     const int64_t channels = w.panels.outputs_of(panel);
     scalar_t* const to = output + first * p.K + channel;
     TileFinish<T, In> finish{};
-    const bool finished = finishes_in_registers(d, finish, to, first, channel, channels);
-    if (w.shuffled) {
+    const bool finished = !Tiles::kPresent && finishes_in_registers(d, finish, to, first, channel, channels);
+    if constexpr (Tiles::kPresent) {
+      block.panel = packed;
+      block.first = group * w.channels;
+      multiply_panel_by_tiles(tiles, w, block);
+    } else if (w.shuffled) {
       block.taps = w.taps;
       block.panel = packed;
       block.first = group * w.channels;
@@ -251,7 +257,7 @@ void compute(const Direct<In, scalar_t>& d, Scratch<In>& scratch, int64_t first,
 
 // Cuts the work into blocks of units times runs of panels: blocks first, then panels where blocks are few. Rows and
 // sums of a block stay in L1 where its depth allows; a deep panel comes from afar, and is worth more rows.
-template <typename In, typename scalar_t>
+template <typename Tiles, typename In, typename scalar_t>
 void run(const Direct<In, scalar_t>& d) {
   const Conv2dParams& p = d.p;
   const int64_t corners = p.pool ? 4 : 1;
@@ -268,10 +274,11 @@ void run(const Direct<In, scalar_t>& d) {
   const int64_t pieces = blocks * runs;
   parallel_for(pieces, pieces / (2 * wanted), [&](int64_t begin, int64_t end) {
     Scratch<In> scratch;
+    [[maybe_unused]] Tiles tiles;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i % blocks, run = i / blocks;
       const int64_t first = d.units * block / blocks, last = d.units * (block + 1) / blocks;
-      compute(d, scratch, first, last - first, panels * run / runs, panels * (run + 1) / runs);
+      compute(d, scratch, tiles, first, last - first, panels * run / runs, panels * (run + 1) / runs);
     }
   });
 }
@@ -311,7 +318,7 @@ void forward_typed(const Conv2dParams& p) {
   }
   Buffer<char> scratch;
   const void* packed = p.packed;
-  if (packed == nullptr) {
+  if (packed == nullptr || !packed_here<In>(packed)) {
     scratch.reserve(packed_bytes_typed<In>(p));
     pack_typed<In, scalar_t>(p, scratch.data());
     packed = scratch.data();
@@ -326,9 +333,24 @@ void forward_typed(const Conv2dParams& p) {
   const Epilogue<opmath_t<In>> epilogue(p.K, p.bias, p.bias_dtype, p.scale, p.shift, p.scale_dtype, p.activation);
   const bool finite = *static_cast<const int64_t*>(packed) != 0;
   const int64_t units = p.pool ? p.N * (p.OH / 2) * (p.OW / 2) : p.N * p.OH * p.OW;
-  run(Direct<In, scalar_t>{dense, weights, epilogue, taps, input,
-                           reinterpret_cast<const In*>(static_cast<const char*>(packed) + kPackedHeader),
-                           taps.padded() ? zeros.data() : nullptr, taps.padded() && !finite, units});
+  const Direct<In, scalar_t> direct{dense,
+                                    weights,
+                                    epilogue,
+                                    taps,
+                                    input,
+                                    reinterpret_cast<const In*>(static_cast<const char*>(packed) + kPackedHeader),
+                                    taps.padded() ? zeros.data() : nullptr,
+                                    taps.padded() && !finite,
+                                    units};
+#if defined(__AVX512F__)
+  if constexpr (DirectWeights<In>::kPairs) {
+    const bool fits = finite && weights.channels >= kTileDepth && (p.pool ? 4 : 1) * units >= kTileSide;
+    const CpuAmx amx = fits ? cpu_amx() : CpuAmx::kNone;
+    if (amx == CpuAmx::kModel) return run<ModelTiles>(direct);
+    if (amx == CpuAmx::kTiles) return run<AmxTiles>(direct);
+  }
+#endif
+  run<NoTiles>(direct);
 }
 
 }  // namespace pvk::conv2d::PVK_ISA
