@@ -92,15 +92,26 @@ class Geometry:
         Raises:
             TypeError, ValueError: an argument is not what the op takes.
         """
-        if not isinstance(padding, str):
-            sides: Any = (padding,) if not isinstance(padding, Sequence) else tuple(padding)
-            if len(sides) not in (1, 2):
-                raise TypeError(
-                    f"{op}: expected padding to be 'same', 'valid', an int or a pair of ints, but got {padding!r}"
-                )
-            padding = (sides[0], sides[-1], 0, 0)
-        step, spread = _in_a_row(op, "stride", stride), _in_a_row(op, "dilation", dilation)
-        return Geometry.of(step, padding, spread, groups, padding_mode, (1, taps), op)
+        find = _checked_row if torch.compiler.is_compiling() else _cached_row
+        stride, padding, dilation = map(_hashable, (stride, padding, dilation))
+        return find(stride, padding, dilation, groups, padding_mode, taps, op)
+
+
+def _checked_row(
+    stride: Any, padding: Any, dilation: Any, groups: Any, padding_mode: Any, taps: int, op: str
+) -> Geometry:
+    if not isinstance(padding, str):
+        sides = (padding,) if not isinstance(padding, Sequence) else tuple(padding)
+        if len(sides) not in (1, 2):
+            raise TypeError(
+                f"{op}: expected padding to be 'same', 'valid', an int or a pair of ints, but got {padding!r}"
+            )
+        padding = (sides[0], sides[-1], 0, 0)
+    step, spread = _in_a_row(op, "stride", stride), _in_a_row(op, "dilation", dilation)
+    return Geometry.of(step, padding, spread, groups, padding_mode, (1, taps), op)
+
+
+_cached_row = functools.lru_cache(maxsize=4096)(_checked_row)
 
 
 def _in_a_row(op: str, name: str, value: Any) -> tuple[int, int]:
