@@ -66,10 +66,11 @@ __global__ void __launch_bounds__(kBlockThreads) conv2d_kernel(const Conv2dParam
     const int64_t pixel = channels_last ? i / p.K : i % (PH * PW);
     const int64_t k = channels_last ? i % p.K : i / (PH * PW) % p.K;
     const int64_t n = i / (p.K * PH * PW), h = pixel / PW % PH, w = pixel % PW;
-    T best = value_at<scalar_t>(p, n, k, p.pool ? 2 * h : h, p.pool ? 2 * w : w);
-    for (int j = 1; p.pool && j < 4; ++j) {
-      const T value = value_at<scalar_t>(p, n, k, 2 * h + j / 2, 2 * w + j % 2);
-      if (value > best || value != value) best = value;  // as max_pool2d: NaN wins
+    T best = T(0);
+#pragma unroll 1
+    for (int j = 0; j < (p.pool ? 4 : 1); ++j) {
+      const T value = value_at<scalar_t>(p, n, k, p.pool ? 2 * h + j / 2 : h, p.pool ? 2 * w + j % 2 : w);
+      if (j == 0 || value > best || value != value) best = value;  // as max_pool2d: NaN wins
     }
     const int64_t at =
         n * p.output_stride[0] + k * p.output_stride[1] + h * p.output_stride[2] + w * p.output_stride[3];
