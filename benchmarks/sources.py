@@ -18,11 +18,14 @@ def op_names() -> list[str]:
 
 # Of csrc/core, what only the CPU kernels are made of; in an op's folder their files begin with "cpu". A GPU's
 # verification outlives a change of them.
-CPU_ONLY = {f"{name}.h" for name in ("buffer", "dispatch", "isa", "memory", "parallel", "radix_sort", "transpose")}
+CPU_ONLY = {
+    f"{name}.h"
+    for name in ("amx", "buffer", "dispatch", "epilogue", "isa", "memory", "parallel", "radix_sort", "transpose")
+}
 
 
 def is_cpu_only(path: Path) -> bool:
-    return path.name in CPU_ONLY or path.name.startswith(("cpu", "simd"))
+    return path.name in CPU_ONLY or path.name.startswith(("cpu", "gemm", "simd"))
 
 
 # Verified beside the ops: the wrappers of csrc/core, by the kernels of tests/simt.

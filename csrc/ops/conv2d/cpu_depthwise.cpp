@@ -3,14 +3,14 @@
 // A task owns a band of output rows at a block of channels, and goes down it by columns of tiles: the input rows of a
 // tile stay in the first-level cache until the next row of tiles has used them. Maps of another layout, and those of
 // 16 bits, are brought into scratch first, a band at a time; then it is the same kernel.
+#include "ops/conv2d/cpu_depthwise.h"
 #include "core/buffer.h"
 #include "core/dispatch.h"
 #include "core/epilogue.h"
 #include "core/parallel.h"
 #include "core/simd.h"
 #include "core/transpose.h"
-#include "ops/conv2d/depthwise.h"
-#include "ops/conv2d/depthwise_tile.h"
+#include "ops/conv2d/cpu_depthwise_tile.h"
 
 namespace pvk::conv2d::PVK_ISA {
 namespace {

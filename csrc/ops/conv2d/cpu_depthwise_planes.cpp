@@ -7,7 +7,7 @@
 #include "core/epilogue.h"
 #include "core/parallel.h"
 #include "core/simd.h"
-#include "ops/conv2d/depthwise.h"
+#include "ops/conv2d/cpu_depthwise.h"
 
 namespace pvk::conv2d::PVK_ISA {
 namespace {

@@ -5,9 +5,9 @@
 #include "core/epilogue.h"
 #include "core/math.h"
 #include "core/simd.h"
-#include "ops/conv2d/cheap_activation.h"
+#include "ops/conv2d/cpu_cheap_activation.h"
 #include "ops/conv2d/cpu_kernels.h"
-#include "ops/conv2d/tap_table.h"
+#include "ops/conv2d/cpu_tap_table.h"
 
 namespace pvk::conv2d::PVK_ISA {
 

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "core/simd.h"
-#include "ops/conv2d/cheap_activation.h"
+#include "ops/conv2d/cpu_cheap_activation.h"
 
 namespace pvk::conv2d::PVK_ISA {
 
