@@ -62,12 +62,12 @@ def ours(problem: Problem, strict: bool, packed: bool) -> int:
     if not p.is_dense_3x3 or p.C < 8 or p.K < 4:
         return DIRECT
     weights = _TILES_TO_READ if packed else _TILES_TO_PACK
-
-    def cost(algorithm: int) -> int:
-        side, products = _TILES[algorithm]
-        return products * (p.N * -(-p.OH // side) * -(-p.OW // side) + weights)
-
-    return min((DIRECT, WINOGRAD2) if strict else (WINOGRAD4, WINOGRAD2, DIRECT), key=cost)
+    best, least = DIRECT, 0
+    for algorithm, (side, products) in _TILES.items():
+        cost = products * (p.N * -(-p.OH // side) * -(-p.OW // side) + weights)
+        if algorithm == DIRECT or (cost <= least and not (strict and algorithm == WINOGRAD4)):
+            best, least = algorithm, cost
+    return best
 
 
 def torch_is_faster(problem: Problem, packed: bool) -> bool:
