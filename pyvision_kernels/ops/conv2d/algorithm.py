@@ -1,6 +1,7 @@
 """Which kernel computes a convolution: the rule behind `pvk.backend("auto")`, by shape alone.
 
-The figures that it rests on are medians of ratios measured by `make bench-full`; docs/ops/conv2d.md has the table.
+It rests on ratios to PyTorch of the layers in bench_cases.py and of others like them, one thread, packed weights;
+docs/ops/conv2d.md says it in words.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def ours(problem: Problem, strict: bool, packed: bool) -> int:
 
 
 def torch_is_faster(problem: Problem, packed: bool) -> bool:
-    """Where PyTorch's kernel was measured to be faster than ours. packed: as of `ours`."""
+    """On the CPU, where PyTorch's kernel was measured to be faster than ours. packed: as of `ours`."""
     p = problem
     if p.device == "cuda":  # our kernel there is plain, for now
         return True
