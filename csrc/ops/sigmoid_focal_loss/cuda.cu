@@ -1,4 +1,5 @@
 // Sigmoid focal loss on CUDA: one pass forward, one backward, 16 bytes of each operand at a time.
+#include "core/activation.cuh"
 #include "core/dispatch.cuh"
 #include "core/launch.h"
 #include "core/math.h"
@@ -12,12 +13,6 @@ constexpr int kBlockThreads = 256;
 constexpr int kWarps = kBlockThreads / kWarpSize;
 constexpr int kVectorsPerThread = 4;  // of a reduction, before it has fewer than kPartials blocks
 
-PVK_DEVICE float exp_of(float x) {
-  return expf(x);
-}
-PVK_DEVICE double exp_of(double x) {
-  return exp(x);
-}
 PVK_DEVICE float log1p_of(float x) {
   return log1pf(x);
 }
