@@ -323,10 +323,11 @@ class BuildNinja(build_ext):
     def cpu_library(self, file: NinjaFile) -> None:
         objects = [file.compile(path, "cpu", self.torch_flags) for path in sources("csrc/core/*.cpp")]
         flags = f"{self.torch_flags} -DPVK_NAMESPACE=pvk -DPVK_DISPATCH_KEY=CPU"
-        objects += [file.compile(path, "cpu", flags) for path in bindings()]
+        objects += [file.compile(path, "cpu", flags) for path in [*bindings(), *sources("csrc/graph/graph.cpp")]]
         for isa, flags in self.isas().items():
             flags = f"{CPU_FLAGS} -DPVK_ISA={isa} {flags}"
-            objects += [file.compile(path, isa, flags) for path in sources("csrc/ops/*/cpu*.cpp")]
+            kernels = [*sources("csrc/ops/*/cpu*.cpp"), *sources("csrc/graph/cpu*.cpp")]
+            objects += [file.compile(path, isa, flags) for path in kernels]
         file.build("libpvk_cpu.so", "link", objects, self.torch_libraries)
 
     def cuda_library(self, file: NinjaFile, cuda: Cuda, compiler: str) -> None:

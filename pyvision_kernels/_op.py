@@ -32,6 +32,7 @@ class Contract:
     backward: Callable[..., Any] | None
     autocast: Callable[..., tuple[Any, ...]] | None
     vmap: Callable[..., Any] | None
+    cpu_only: bool = False
 
     @property
     def name(self) -> str:
@@ -118,6 +119,7 @@ def declare(
     backward: Callable[..., Any] | None = None,
     autocast: Callable[..., tuple[Any, ...]] | None = None,
     vmap: Callable[..., Any] | None = None,
+    cpu_only: bool = False,
 ) -> Op:
     """Declares `pvk::<name>`.
 
@@ -126,11 +128,12 @@ def declare(
         fake: Takes the arguments, checks what shapes, dtypes and devices can show, returns empty outputs.
         setup_context, backward, vmap: As on a `torch.autograd.Function`; an op without them has no gradient, no vmap.
         autocast: Maps the arguments to those that the op gets under autocast, on CPU and CUDA.
+        cpu_only: No kernel of ours runs it on CUDA.
     """
-    contract = Contract(schema, fake, setup_context, backward, autocast, vmap)
+    contract = Contract(schema, fake, setup_context, backward, autocast, vmap, cpu_only)
     op = Op(contract, define(contract, _library))
     for key, library in LIBRARIES.items():
-        if library.handle is None:
+        if library.handle is None and not (cpu_only and key == "CUDA"):
             _library.impl(op.name, _raiser(op.name, key), key)
     if backward is not None and setup_context is not None:
         op.function = _function(op, setup_context, backward, vmap)

@@ -112,9 +112,7 @@ class FoldedNorm:
     def get(self) -> tuple[Tensor, Tensor]:
         """scale, shift: float64 where the norm is, else float32."""
         norm, kept = self.norm, self._kept
-        buffers, parameters = norm._buffers, norm._parameters
-        affine = parameters if "weight" in parameters else buffers  # of a frozen batch norm
-        vectors = buffers["running_mean"], buffers["running_var"], affine["weight"], affine["bias"]
+        vectors = tuple(held[name] for held, name in self.places())
         if kept is not None:
             seen, present, versions, addresses, eps, folded = kept
             if (
@@ -132,6 +130,12 @@ class FoldedNorm:
         folded = _outside_of_autograd(lambda: _fold(vectors, eps))
         self._kept = (vectors, present, versions, addresses, eps, folded)
         return folded
+
+    def places(self) -> tuple[tuple[dict[str, Any], str], ...]:
+        """Where the mean, the variance, the weight and the bias are held."""
+        buffers, parameters = self.norm._buffers, self.norm._parameters
+        affine = parameters if "weight" in parameters else buffers  # of a frozen batch norm
+        return (buffers, "running_mean"), (buffers, "running_var"), (affine, "weight"), (affine, "bias")
 
     def drop(self) -> None:
         self._kept = None

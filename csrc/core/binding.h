@@ -42,7 +42,8 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
-inline std::string shape_of(const Tensor& tensor) {
+template <typename TensorOrView>
+std::string shape_of(const TensorOrView& tensor) {
   std::ostringstream text;
   text << '[';
   for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
@@ -50,7 +51,8 @@ inline std::string shape_of(const Tensor& tensor) {
   return text.str();
 }
 
-inline DType dtype_of(const char* op, const char* argument, const Tensor& tensor) {
+template <typename TensorOrView>
+DType dtype_of(const char* op, const char* argument, const TensorOrView& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return DType::kFloat32;
@@ -65,11 +67,16 @@ inline DType dtype_of(const char* op, const char* argument, const Tensor& tensor
   }
 }
 
-inline void check_same_device(const char* op, const char* argument, const Tensor& tensor, const char* other_argument,
-                              const Tensor& other) {
-  const auto kind = [](const Tensor& t) { return t.is_cuda() ? "cuda:" : t.is_cpu() ? "cpu:" : "another device:"; };
-  PVK_CHECK(tensor.device() == other.device(), op, ": expected ", argument, " to be on the device of ", other_argument,
-            ", but got ", kind(tensor), tensor.get_device_index());
+template <typename TensorOrView, typename OtherTensorOrView>
+void check_same_device(const char* op, const char* argument, const TensorOrView& tensor, const char* other_argument,
+                       const OtherTensorOrView& other) {
+  const auto device = tensor.device();
+  PVK_CHECK(device == other.device(), op, ": expected ", argument, " to be on the device of ", other_argument,
+            ", but got ",
+            device.is_cuda()  ? "cuda:"
+            : device.is_cpu() ? "cpu:"
+                              : "another device:",
+            device.index());
 }
 
 // Uninitialised, on the device of `like`.
@@ -96,6 +103,53 @@ inline void* data_of(const Tensor& tensor) {
 #endif
   return data;
 }
+
+// A tensor of at most four dimensions as checks and kernels see it, or memory that is no tensor's. Made inside a
+// DeviceScope.
+class View {
+ public:
+  View() = default;
+  View(const Tensor& tensor)
+      : data_(data_of(tensor)), dtype_(tensor.scalar_type()), device_(tensor.device()), dim_(tensor.dim()) {
+    PVK_CHECK(dim_ <= 4, "View: expected at most 4 dimensions, but got ", shape_of(tensor));
+    for (int64_t i = 0; i < dim_; ++i) {
+      sizes_[i] = tensor.size(i);
+      strides_[i] = tensor.stride(i);
+    }
+  }
+  // Dense memory with the dtype and the device of another; 4 dimensions are channels_last, or contiguous.
+  View(void* data, std::initializer_list<int64_t> sizes, const View& like, bool channels_last)
+      : data_(data), dtype_(like.dtype_), device_(like.device_), dim_(int64_t(sizes.size())) {
+    int64_t i = 0, stride = 1;
+    for (const int64_t size : sizes) sizes_[i++] = size;
+    if (channels_last && dim_ == 4) {
+      strides_[1] = 1;
+      strides_[3] = sizes_[1];
+      strides_[2] = sizes_[3] * strides_[3];
+      strides_[0] = sizes_[2] * strides_[2];
+      return;
+    }
+    for (i = dim_; i-- > 0; stride *= sizes_[i]) strides_[i] = stride;
+  }
+
+  void* data() const { return data_; }
+  ScalarType scalar_type() const { return dtype_; }
+  torch::stable::Device device() const { return device_; }
+  int64_t dim() const { return dim_; }
+  int64_t size(int64_t i) const { return sizes_[i]; }
+  int64_t stride(int64_t i) const { return strides_[i]; }
+  int64_t numel() const {
+    int64_t count = 1;
+    for (int64_t i = 0; i < dim_; ++i) count *= sizes_[i];
+    return count;
+  }
+
+ private:
+  void* data_ = nullptr;
+  ScalarType dtype_ = ScalarType::Float;
+  torch::stable::Device device_{torch::headeronly::DeviceType::CPU};
+  int64_t dim_ = 0, sizes_[4] = {}, strides_[4] = {};
+};
 
 // Makes the tensor's device current, and names the stream that the kernels are queued on.
 class DeviceScope {

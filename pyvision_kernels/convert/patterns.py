@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from pyvision_kernels import nn as ours
 from pyvision_kernels.convert.trace import EXCLUDED, has_hooks, is_frozen_norm, is_norm_with_activation
 
-_ACTIVATION_MODULES: dict[type, str] = {
+ACTIVATION_MODULES: dict[type, str] = {
     nn.ReLU: "relu",
     nn.ReLU6: "relu6",
     nn.Hardswish: "hardswish",
@@ -23,7 +23,7 @@ _ACTIVATION_MODULES: dict[type, str] = {
     nn.GELU: "gelu",
     nn.Sigmoid: "sigmoid",
 }
-_ACTIVATION_FUNCTIONS: dict[Callable[..., Any], str] = {
+ACTIVATION_FUNCTIONS: dict[Callable[..., Any], str] = {
     torch.relu: "relu",
     torch.relu_: "relu",
     F.relu: "relu",
@@ -202,7 +202,7 @@ def _step(
         if chain.activation is not None or chain.pool:
             return None
         into = None
-        if _is_in_place(user, modules):
+        if is_in_place(user, modules):
             into = "result" if user.args[0] is last else "residual"
             if into == "residual" and not memory.is_own(other):
                 return None
@@ -244,7 +244,7 @@ def is_foldable(module: nn.Module, layer: type) -> bool:
 def activation_within(module: nn.Module) -> str | None:
     """The activation that follows a batch norm within a module of timm."""
     act: Any = module.act
-    return _ACTIVATION_MODULES.get(type(act)) if getattr(act, "approximate", "none") == "none" else None
+    return ACTIVATION_MODULES.get(type(act)) if getattr(act, "approximate", "none") == "none" else None
 
 
 def _added(node: fx.Node, value: fx.Node) -> fx.Node | None:
@@ -264,14 +264,14 @@ def _activation_of(node: fx.Node, module: nn.Module | None, value: fx.Node) -> s
         return None
     rest, named = node.args[1:], dict(node.kwargs)
     if module is not None:
-        name = _ACTIVATION_MODULES.get(type(module))
+        name = ACTIVATION_MODULES.get(type(module))
         plain = not rest and not named and getattr(module, "approximate", "none") == "none"
         return name if plain else None
     if node.op == "call_method":
         return _ACTIVATION_METHODS.get(str(node.target)) if not rest and not named else None
     if node.op != "call_function":
         return None
-    name = _ACTIVATION_FUNCTIONS.get(node.target)  # type: ignore[arg-type]
+    name = ACTIVATION_FUNCTIONS.get(node.target)  # type: ignore[arg-type]
     if name == "gelu":
         return name if not rest and named.get("approximate", "none") == "none" else None
     named.pop("inplace", None)
@@ -311,16 +311,16 @@ def _is_pair(value: Any, of: int) -> bool:
 _FRESH_MODULES = (
     *LAYERS,
     *(nn.Conv2d, nn.Conv1d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm),
-    *(nn.LayerNorm, nn.GroupNorm, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, *_ACTIVATION_MODULES),
+    *(nn.LayerNorm, nn.GroupNorm, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, *ACTIVATION_MODULES),
 )
 _FRESH_FUNCTIONS = frozenset(
     {operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul, torch.add, torch.mul, torch.cat}
-    | {function for function in _ACTIVATION_FUNCTIONS if not function.__name__.endswith("_")}
+    | {function for function in ACTIVATION_FUNCTIONS if not function.__name__.endswith("_")}
     | {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.hardsigmoid, F.batch_norm}
 )
 
 
-def _is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether a call may write to its first argument."""
     if node.op == "call_module":
         module = modules[node.target]  # type: ignore[index]
@@ -340,7 +340,7 @@ def _is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
             or name.endswith("_")
             or bool(node.kwargs.get("inplace"))
             or "out" in node.kwargs
-            or (node.target in _ACTIVATION_FUNCTIONS and any(item is True for item in node.args[1:]))
+            or (node.target in ACTIVATION_FUNCTIONS and any(item is True for item in node.args[1:]))
         )
     return False
 
@@ -364,11 +364,11 @@ class _Memory:
             else:
                 shared = (self.bases[argument] for argument in node.all_input_nodes)
                 self.bases[node] = frozenset([node]).union(*shared)
-            if _is_in_place(node, modules):
+            if is_in_place(node, modules):
                 self.writes.append(node)
 
     def _is_fresh(self, node: fx.Node) -> bool:
-        if _is_in_place(node, self.modules):
+        if is_in_place(node, self.modules):
             return False
         if node.op == "call_module":
             return type(self.modules[node.target]) in _FRESH_MODULES  # type: ignore[index]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import OrderedDict
 from collections.abc import Callable
@@ -11,7 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from pyvision_kernels import nn as ours
-from pyvision_kernels.convert.patterns import Chain, find_chains, remove_identities
+from pyvision_kernels.convert.instructions import Found
+from pyvision_kernels.convert.instructions import find as find_instruction
+from pyvision_kernels.convert.patterns import Chain, find_chains, is_in_place, remove_identities
+from pyvision_kernels.convert.program import CONV2D, FLATTEN, KIND_OF_STEP, Instruction, Stretch, graph_op
 from pyvision_kernels.convert.steps import STEPS, Conv2dStep, NormStep, Step
 from pyvision_kernels.convert.trace import (
     NotFollowed,
@@ -68,12 +72,16 @@ class Plan:
             watched = [module for name, module in modules.items() if not name.startswith(within)] if within else watched
             if any(chain.absorbed for chain in chains):
                 writer = _Writer(graph, modules, chains)
-                self.function, self.arguments, self.steps = writer.function(), writer.arguments, writer.steps
+                self.function, self.arguments = writer.main, writer.arguments
+                self.steps = list(writer.steps.values())
                 called = [modules[str(node.target)] for node in graph.nodes if node.op == "call_module"]
                 self.is_closed = not any(has_hooks(module) or _is_opaque(module) for module in called)
-                for step in self.steps:
-                    if self.is_closed and isinstance(step, Conv2dStep):
-                        step.operator = conv2d_op.overload
+                if self.is_closed:
+                    for step in self.steps:
+                        if isinstance(step, Conv2dStep):
+                            step.operator = conv2d_op.overload
+                    for stretch in writer.stretches:
+                        stretch.operator = graph_op.overload
                 for chain in chains:
                     self.chains.setdefault(chain.name, chain.absorbed)
                     self.absorbed.update(str(node.target) for node in chain.nodes[1:] if node.op == "call_module")
@@ -169,25 +177,70 @@ class _Writer:
         self.names: dict[fx.Node, str] = {}
         self.space: dict[str, Any] = {}
         self.lines: list[str] = []
-        self.steps: list[Step | NormStep] = []
+        self.steps: dict[fx.Node, Step | NormStep] = {}
+        self.stretches: list[Stretch] = []
         self.arguments = 0
         # Code that asks for the layout of a map gets the layout that it knows.
         self.flows = not any(node.op == "call_method" and node.target in _UNSAFE_METHODS for node in graph.nodes)
         nodes = [node for node in graph.nodes if node not in self.within]
-        last_use = {argument: node for node in nodes for argument in self._reads(node)}
-        dying: dict[fx.Node, list[fx.Node]] = {}
-        for argument, node in last_use.items():
-            dying.setdefault(node, []).append(argument)
+        self.readers: dict[fx.Node, list[fx.Node]] = {}  # in order
+        for node in nodes:
+            for argument in self._reads(node):
+                self.readers.setdefault(argument, []).append(node)
+        self.dying: dict[fx.Node, list[fx.Node]] = {}
+        for argument, readers in self.readers.items():
+            self.dying.setdefault(readers[-1], []).append(argument)
+        # A result that may share memory with a value is one of its own in a stretch.
+        self.writes = any(is_in_place(node, modules) for node in nodes if node not in self.chain_at)
+        for found, run in itertools.groupby(nodes, lambda node: self._instruction(node) is not None):
+            together = list(run)
+            if found and len(together) > 1 and any(node in self.chain_at for node in together):
+                self._write_stretch(together)
+            else:
+                for node in together:
+                    self._write(node)
+        self.main = self._function("fused", self._parameters(graph), self.lines)
+
+    def _function(self, name: str, parameters: list[str], lines: list[str]) -> Callable[..., Any]:
+        source = f"def {name}({', '.join([*parameters, 'back'])}):\n" + "".join(f"    {line}\n" for line in lines)
+        exec(compile(source, "<fused forward>", "exec"), self.space)
+        return self.space[name]
+
+    def _instruction(self, node: fx.Node) -> Found | None:
+        if not self.flows:
+            return None
+        if node in self.chain_at:
+            kind = KIND_OF_STEP.get(type(self._step_of(node)))
+            return None if kind is None else (kind, self._reads(node), ())
+        found = find_instruction(node, self.modules)
+        return None if found is not None and found[0] == FLATTEN and self.writes else found
+
+    def _write_stretch(self, nodes: list[fx.Node]) -> None:
+        """A call of a Stretch, and the function that it calls where it does not fit."""
+        inside = set(nodes)
+        reads = dict.fromkeys(argument for node in nodes for argument in self._reads(node))
+        arguments = [argument for argument in reads if argument not in inside]
+        outputs = [node for node in nodes if any(reader not in inside for reader in self.readers.get(node, []))]
+        place = {node: index for index, node in enumerate([*arguments, *nodes])}
+        instructions = []
+        for node in nodes:
+            kind, read, numbers = self._instruction(node)  # type: ignore[misc]
+            step = self._step_of(node) if node in self.chain_at else None
+            leaves = kind == CONV2D and _leaves(node)
+            instructions.append(Instruction(kind, tuple(place[item] for item in read), step, numbers, leaves))
+        before, self.lines = self.lines, []
         for node in nodes:
             self._write(node)
-            if node.op != "output" and dying.get(node):
-                self.lines.append("del " + ", ".join(self.names[argument] for argument in dying[node]))
-        self.source = "def fused(" + ", ".join([*self._parameters(graph), "back"]) + "):\n"
-        self.source += "".join(f"    {line}\n" for line in self.lines)
-
-    def function(self) -> Callable[..., Any]:
-        exec(compile(self.source, "<fused forward>", "exec"), self.space)
-        return self.space["fused"]
+        results = ", ".join(self.names[node] for node in outputs)
+        names = [self.names[argument] for argument in arguments]
+        apart = self._function(f"apart{len(self.stretches)}", names, [*self.lines, f"return {results}"])
+        self.lines = before
+        stretch = Stretch(len(arguments), instructions, [place[node] for node in outputs], apart)
+        self.stretches.append(stretch)
+        self.lines.append(f"{results} = {self._bind(stretch, 'g')}({', '.join(names)}, back=back)")
+        dead = [self.names[value] for node in nodes for value in self.dying.get(node, []) if value not in inside]
+        if dead:
+            self.lines.append("del " + ", ".join(dead))
 
     def _parameters(self, graph: fx.Graph) -> list[str]:
         names = [self.names[node] for node in graph.nodes if node.op == "placeholder"]
@@ -234,6 +287,8 @@ class _Writer:
             self.lines.append("return " + self._output(node.args[0]))
             return
         self.lines.append(f"{name} = {self._expression(node)}")
+        if self.dying.get(node):
+            self.lines.append("del " + ", ".join(self.names[argument] for argument in self.dying[node]))
 
     def _expression(self, node: fx.Node) -> str:
         chain = self.chain_at.get(node)
@@ -264,9 +319,16 @@ class _Writer:
             return f"{self._bind(target, 'f')}({', '.join(map(self._output, args))})"
         return self._call(self._bind(target, "f"), args, kwargs)
 
+    def _step_of(self, node: fx.Node) -> Step | NormStep:
+        """Of the last node of a chain."""
+        step = self.steps.get(node)
+        if step is None:
+            chain = self.chain_at[node]
+            step = self.steps[node] = STEPS.get(type(chain.layer), NormStep)(chain)
+        return step
+
     def _step(self, node: fx.Node, chain: Chain) -> str:
-        step = STEPS.get(type(chain.layer), NormStep)(chain)
-        self.steps.append(step)
+        step = self._step_of(node)
         given = [self.names[chain.input]]
         if chain.residual is not None:
             given.append(self.names[chain.residual])

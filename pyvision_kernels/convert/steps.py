@@ -114,10 +114,12 @@ class Conv2dStep(Step):
         )
 
     def _decide(self, input: Tensor, weight: Tensor) -> tuple[int, Tensor | None]:
-        kernel, packed = decide(input, weight, self.geometry, True), None
-        if kernel != TORCH:
-            packed = self.packs.get(weight, (kernel, input.dtype), lambda: pack(weight, self.geometry, kernel))
-        return kernel, packed
+        kernel = decide(input, weight, self.geometry, True)
+        return kernel, None if kernel == TORCH else self.pack_for(weight, kernel, input.dtype)
+
+    def pack_for(self, weight: Tensor, kernel: int, dtype: torch.dtype) -> Tensor | None:
+        """The packed weight; None where none can be kept."""
+        return self.packs.get(weight, (kernel, dtype), lambda: pack(weight, self.geometry, kernel))
 
     def _by_torch(self, input: Tensor, residual: Any, channels_last: bool | None) -> Tensor:
         """PyTorch's convolution, and what follows written over it."""

@@ -1,14 +1,10 @@
 // Binding of conv2d: tensors -> checks -> Conv2dParams -> the backend's kernel.
-#include "ops/conv2d/conv2d.h"
+#include "ops/conv2d/binding.h"
 
 #include <vector>
 
-#include "core/binding.h"
-
 namespace pvk::conv2d {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kLargest = int64_t(1) << 31;  // of strides, dilations and paddings: products fit int64
 
@@ -17,9 +13,12 @@ struct Geometry {
   int64_t stride_h, stride_w, left, right, top, bottom, dilation_h, dilation_w, groups, padding_mode;
 };
 
-Geometry geometry_of(const char* op, const std::vector<int64_t>& n) {
-  PVK_CHECK(n.size() == 10, op, ": expected geometry to have 10 numbers, but got ", n.size());
+Geometry geometry_of(const int64_t* n) {
   return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9]};
+}
+
+void check_geometry(const char* op, const std::vector<int64_t>& numbers) {
+  PVK_CHECK(numbers.size() == kGeometryNumbers, op, ": expected geometry to have 10 numbers, but got ", numbers.size());
 }
 
 void check_weight(const char* op, const Tensor& weight, const Geometry& g) {
@@ -55,7 +54,7 @@ int64_t output_size(const char* op, const char* axis, int64_t size, int64_t befo
 }
 
 // Of one value a channel; makes them contiguous.
-DType check_channels(const char* op, const char* argument, OptionalTensor& values, const Tensor& input,
+DType check_channels(const char* op, const char* argument, OptionalTensor& values, const View& input,
                      int64_t channels) {
   if (!values) return DType::kFloat32;
   PVK_CHECK(values->dim() == 1 && values->size(0) == channels, op, ": expected ", argument, " to have size [", channels,
@@ -95,12 +94,12 @@ void fill_weight(Conv2dParams& p, const char* op, const Tensor& weight, const Ge
             ": expected groups 1 for the algorithm of few channels");
 }
 
-Tensor forward_op(const Tensor& input, const Tensor& weight, OptionalTensor bias, OptionalTensor scale,
-                  OptionalTensor shift, const OptionalTensor& residual, const OptionalTensor& packed,
-                  const std::vector<int64_t>& geometry, int64_t activation, bool pool, bool channels_last,
-                  int64_t algorithm) {
-  const char* const op = pool ? "conv2d_max_pool2d" : "conv2d";
-  const Geometry g = geometry_of(op, geometry);
+}  // namespace
+
+Conv2dParams prepare(const char* op, const View& input, Constants& constants, const View* residual, const Call& call,
+                     Stream stream) {
+  const Tensor& weight = constants.weight;
+  const Geometry g = geometry_of(call.geometry);
   PVK_CHECK(input.dim() == 4, op, ": expected input to have 4 dimensions [N, C, H, W], but got ", shape_of(input));
   check_weight(op, weight, g);
   PVK_CHECK(input.size(1) == weight.size(1) * g.groups, op, ": expected input to have ", weight.size(1) * g.groups,
@@ -110,29 +109,29 @@ Tensor forward_op(const Tensor& input, const Tensor& weight, OptionalTensor bias
   check_same_device(op, "weight", weight, "input", input);
   PVK_CHECK(g.padding_mode >= 0 && g.padding_mode <= int64_t(PaddingMode::kCircular), op,
             ": expected padding_mode to be 0 to 3, but got ", g.padding_mode);
-  PVK_CHECK(activation >= 0 && activation <= int64_t(Activation::kSigmoid), op,
-            ": expected activation to be 0 to 6, but got ", activation);
+  PVK_CHECK(call.activation >= 0 && call.activation <= int64_t(Activation::kSigmoid), op,
+            ": expected activation to be 0 to 6, but got ", call.activation);
   Conv2dParams p{};
   p.N = input.size(0);
   p.H = input.size(2);
   p.W = input.size(3);
   p.OH = output_size(op, "height", p.H, g.top, g.bottom, weight.size(2), g.stride_h, g.dilation_h, g.padding_mode);
   p.OW = output_size(op, "width", p.W, g.left, g.right, weight.size(3), g.stride_w, g.dilation_w, g.padding_mode);
-  PVK_CHECK(!pool || (p.OH > 1 && p.OW > 1), op, ": expected at least 2 x 2 pixels to pool, but got [", p.OH, ", ",
+  PVK_CHECK(!call.pool || (p.OH > 1 && p.OW > 1), op, ": expected at least 2 x 2 pixels to pool, but got [", p.OH, ", ",
             p.OW, "]");
   p.padding_top = g.top;
   p.padding_left = g.left;
   p.padding_mode = PaddingMode(g.padding_mode);
-  p.activation = Activation(activation);
-  p.pool = pool;
+  p.activation = Activation(call.activation);
+  p.pool = call.pool;
   const int64_t channels = weight.size(0);
-  p.bias_dtype = check_channels(op, "bias", bias, input, channels);
-  p.scale_dtype = check_channels(op, "scale", scale, input, channels);
-  const DType shift_dtype = check_channels(op, "shift", shift, input, channels);
-  PVK_CHECK(!scale || !shift || p.scale_dtype == shift_dtype, op, ": expected shift to be ", scale->scalar_type(),
-            " as scale is, but got ", shift->scalar_type());
-  if (shift) p.scale_dtype = shift_dtype;
-  if (residual) {
+  p.bias_dtype = check_channels(op, "bias", constants.bias, input, channels);
+  p.scale_dtype = check_channels(op, "scale", constants.scale, input, channels);
+  const DType shift_dtype = check_channels(op, "shift", constants.shift, input, channels);
+  PVK_CHECK(!constants.scale || !constants.shift || p.scale_dtype == shift_dtype, op, ": expected shift to be ",
+            constants.scale->scalar_type(), " as scale is, but got ", constants.shift->scalar_type());
+  if (constants.shift) p.scale_dtype = shift_dtype;
+  if (residual != nullptr) {
     PVK_CHECK(residual->dim() == 4 && residual->size(0) == p.N && residual->size(1) == channels &&
                   residual->size(2) == p.OH && residual->size(3) == p.OW,
               op, ": expected residual to have size [", p.N, ", ", channels, ", ", p.OH, ", ", p.OW, "], but got ",
@@ -141,36 +140,59 @@ Tensor forward_op(const Tensor& input, const Tensor& weight, OptionalTensor bias
               " as input is, but got ", residual->scalar_type());
     check_same_device(op, "residual", *residual, "input", input);
   }
-  const DeviceScope scope(input);
-  fill_weight(p, op, weight, g, algorithm);
-  if (packed) {
-    check_same_device(op, "packed", *packed, "input", input);
-    const int64_t bytes = packed_bytes(p, scope.stream());
-    PVK_CHECK(packed->scalar_type() == ScalarType::Byte && packed->is_contiguous() && packed->numel() == bytes, op,
-              ": expected packed to be ", bytes, " bytes of this weight and algorithm, but got ", shape_of(*packed));
-    if (bytes > 0) p.packed = data_of(*packed);
+  fill_weight(p, op, weight, g, call.algorithm);
+  if (constants.packed) {
+    const Tensor& packed = *constants.packed;
+    check_same_device(op, "packed", packed, "input", input);
+    const int64_t bytes = packed_bytes(p, stream);
+    PVK_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() && packed.numel() == bytes, op,
+              ": expected packed to be ", bytes, " bytes of this weight and algorithm, but got ", shape_of(packed));
+    if (bytes > 0) p.packed = data_of(packed);
   }
-  const Tensor output =
-      empty({p.N, channels, pool ? p.OH / 2 : p.OH, pool ? p.OW / 2 : p.OW}, input.scalar_type(), input, channels_last);
-  if (output.numel() == 0) return output;
-  p.input = data_of(input);
-  p.bias = bias ? data_of(*bias) : nullptr;
-  p.scale = scale ? data_of(*scale) : nullptr;
-  p.shift = shift ? data_of(*shift) : nullptr;
-  p.residual = residual ? data_of(*residual) : nullptr;
-  p.output = data_of(output);
+  p.input = input.data();
+  p.bias = constants.bias ? data_of(*constants.bias) : nullptr;
+  p.scale = constants.scale ? data_of(*constants.scale) : nullptr;
+  p.shift = constants.shift ? data_of(*constants.shift) : nullptr;
+  p.residual = residual != nullptr ? residual->data() : nullptr;
   for (int i = 0; i < 4; ++i) {
     p.input_stride[i] = input.stride(i);
-    p.residual_stride[i] = residual ? residual->stride(i) : 0;
-    p.output_stride[i] = output.stride(i);
+    p.residual_stride[i] = residual != nullptr ? residual->stride(i) : 0;
   }
-  forward(p, scope.stream());
+  return p;
+}
+
+void run(Conv2dParams& p, const View& output, Stream stream) {
+  if (output.numel() == 0) return;
+  p.output = output.data();
+  for (int i = 0; i < 4; ++i) p.output_stride[i] = output.stride(i);
+  forward(p, stream);
+}
+
+namespace {
+
+Tensor forward_op(const Tensor& input, const Tensor& weight, OptionalTensor bias, OptionalTensor scale,
+                  OptionalTensor shift, const OptionalTensor& residual, const OptionalTensor& packed,
+                  const std::vector<int64_t>& geometry, int64_t activation, bool pool, bool channels_last,
+                  int64_t algorithm) {
+  const char* const op = pool ? "conv2d_max_pool2d" : "conv2d";
+  PVK_CHECK(input.dim() == 4, op, ": expected input to have 4 dimensions [N, C, H, W], but got ", shape_of(input));
+  PVK_CHECK(!residual || residual->dim() == 4, op, ": expected residual to have 4 dimensions, but got ",
+            shape_of(*residual));
+  check_geometry(op, geometry);
+  const DeviceScope scope(input);
+  Constants constants{weight, bias, scale, shift, packed};
+  const View added = residual ? View(*residual) : View();
+  Conv2dParams p = prepare(op, input, constants, residual ? &added : nullptr,
+                           {geometry.data(), activation, pool, algorithm}, scope.stream());
+  const Tensor output = empty({p.N, p.K, p.rows_out(), p.columns_out()}, input.scalar_type(), input, channels_last);
+  run(p, output, scope.stream());
   return output;
 }
 
 Tensor pack_op(const Tensor& weight, const std::vector<int64_t>& geometry, int64_t algorithm) {
   constexpr const char* kPack = "_conv2d_pack";
-  const Geometry g = geometry_of(kPack, geometry);
+  check_geometry(kPack, geometry);
+  const Geometry g = geometry_of(geometry.data());
   check_weight(kPack, weight, g);
   PackParams p{};
   const DeviceScope scope(weight);

@@ -43,6 +43,9 @@ struct Conv2dParams {
   int64_t stride[2], dilation[2];     // of rows, of columns
   int64_t padding_top, padding_left;  // those below and to the right are in OH and OW
   int64_t input_stride[4], weight_stride[4], residual_stride[4], output_stride[4];
+
+  PVK_HOST_DEVICE int64_t rows_out() const { return pool ? OH / 2 : OH; }
+  PVK_HOST_DEVICE int64_t columns_out() const { return pool ? OW / 2 : OW; }
 };
 
 // Backend interface. pack() writes packed_bytes() bytes; it reads the fields of the weight and of the geometry alone,

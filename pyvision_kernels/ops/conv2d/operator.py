@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 import torch
@@ -155,9 +155,23 @@ def decide(input: Tensor, weight: Tensor, geometry: Geometry, packed: bool) -> i
     """The number of the algorithm for these inputs, or TORCH. packed: the packed weight is kept between calls."""
     require(weight.dim() == 4, "conv2d", "weight to have 4 dimensions [K, C / groups, R, S]", weight.shape)
     require(input.dim() == 4, "conv2d", "input to have 4 dimensions [N, C, H, W]", input.shape)
+    flows = flows_channels_last(input, weight)
+    return decide_for(input.shape, input.dtype, input.device.type, flows, weight, geometry, packed)
+
+
+def decide_for(
+    size: Sequence[int],
+    dtype: torch.dtype,
+    device: str,
+    channels_last: bool,
+    weight: Tensor,
+    geometry: Geometry,
+    packed: bool,
+) -> int:
+    """decide, of an input that is not there yet: its size, dtype, type of device, and layout."""
     mode, strict = CHOICE.key
-    rows, columns = geometry.output_size(input.shape[2:], weight.shape[2:])
-    images, channels, height, width = input.shape
+    images, channels, height, width = size
+    rows, columns = geometry.output_size((height, width), weight.shape[2:])
     outputs, _, *taps = weight.shape
     problem = algorithm.Problem(
         *(images, channels, height, width),
@@ -165,9 +179,9 @@ def decide(input: Tensor, weight: Tensor, geometry: Geometry, packed: bool) -> i
         geometry.stride,
         geometry.dilation,
         geometry.groups,
-        input.dtype,
-        input.device.type,
-        flows_channels_last(input, weight),
+        dtype,
+        device,
+        channels_last,
     )
     if mode == "torch" or (mode == "auto" and algorithm.torch_is_faster(problem, packed)):
         return TORCH

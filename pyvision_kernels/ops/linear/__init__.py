@@ -109,6 +109,13 @@ def torch_is_faster(rows: int, features: int, outputs: int, dtype: torch.dtype, 
     return device == "cuda"  # our kernel there is plain, for now
 
 
+def pack_for(weight: Tensor, rows: int, packs: Packs) -> Tensor | None:
+    """The packed weight; None where so few rows are multiplied with the weight as it is."""
+    if rows <= _ROWS_WITHOUT_PACKING:
+        return None
+    return packs.get(weight, weight.dtype, lambda: linear_pack_op(weight.detach()))
+
+
 def run(
     input: Tensor,
     weight: Tensor,
@@ -134,9 +141,7 @@ def run(
         mode == "auto" and torch_is_faster(size[0], size[1], weight.shape[0], input.dtype, input.device.type)
     ):
         return reference.linear(input, weight, bias, residual=residual, activation=activation)
-    packed = None
-    if packs is not None and size[0] > _ROWS_WITHOUT_PACKING:
-        packed = packs.get(weight, input.dtype, lambda: linear_pack_op(weight.detach()))
+    packed = None if packs is None else pack_for(weight, size[0], packs)
     return linear_op(input, weight, bias, residual, packed, _activation.NUMBERS[activation])
 
 

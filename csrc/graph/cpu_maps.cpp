@@ -1,0 +1,180 @@
+// The CPU's kernels of maps.h. A piece of work is some pixels with all their channels; of kMean, some channels.
+#include "core/dispatch.h"
+#include "core/epilogue.h"
+#include "core/isa.h"
+#include "core/layout.h"
+#include "core/parallel.h"
+#include "core/simd.h"
+#include "core/simd_partial.h"
+#include "graph/maps.h"
+
+namespace pvk::graph {
+namespace PVK_ISA {
+namespace {
+
+using namespace pvk::PVK_ISA;
+
+constexpr int64_t kPiece = 16384;  // elements: below that, threads cost more than they bring
+
+template <typename scalar_t>
+struct Memory {
+  const scalar_t* input;
+  const scalar_t* other;
+  scalar_t* output;
+  explicit Memory(const MapParams& p)
+      : input(static_cast<const scalar_t*>(p.input)),
+        other(static_cast<const scalar_t*>(p.other)),
+        output(static_cast<scalar_t*>(p.output)) {}
+};
+
+// body(first channel, how many of a vector are there) for vectors of channels.
+template <typename T, typename Body>
+PVK_INLINE void for_vectors(int64_t begin, int64_t end, const Body& body) {
+  for (int64_t c = begin; c < end; c += kLanes<T>) body(c, end - c < kLanes<T> ? end - c : int64_t(kLanes<T>));
+}
+
+template <typename scalar_t>
+PVK_INLINE Vec<opmath_t<scalar_t>> load_some(const scalar_t* source, int64_t count) {
+  return count == kLanes<opmath_t<scalar_t>> ? load(source) : load_first(source, count);
+}
+
+template <typename scalar_t>
+PVK_INLINE void store_some(scalar_t* target, Vec<opmath_t<scalar_t>> value, int64_t count) {
+  if (count == kLanes<opmath_t<scalar_t>>) {
+    store(target, value);
+  } else {
+    store_first(target, value, count);
+  }
+}
+
+// Sums of rows, then of these: the error grows with the root of a side.
+template <typename scalar_t>
+void mean(const MapParams& p) {
+  using T = opmath_t<scalar_t>;
+  const Memory<scalar_t> memory(p);
+  constexpr int64_t kBlock = 4 * kLanes<T>;
+  const int64_t blocks = ceil_div(p.C, kBlock);
+  parallel_for(p.N * blocks, max_of<int64_t>(1, kPiece / max_of<int64_t>(1, kBlock * p.H * p.W)),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   const int64_t n = i / blocks, first = i % blocks * kBlock, last = min_of(p.C, first + kBlock);
+                   for_vectors<T>(first, last, [&](int64_t c, int64_t count) {
+                     const scalar_t* from = memory.input + n * p.H * p.W * p.C + c;
+                     Vec<T> total{};
+                     for (int64_t y = 0; y < p.H; ++y) {
+                       Vec<T> row{};
+                       for (int64_t x = 0; x < p.W; ++x, from += p.C) row += load_some(from, count);
+                       total += row;
+                     }
+                     store_some(memory.output + n * p.C + c, total / T(p.H * p.W), count);
+                   });
+                 }
+               });
+}
+
+template <typename scalar_t>
+void max_pool(const MapParams& p) {
+  using T = opmath_t<scalar_t>;
+  const Memory<scalar_t> memory(p);
+  const int64_t a_row = max_of<int64_t>(1, p.OW * p.C * p.kernel[0] * p.kernel[1]);
+  parallel_for(p.N * p.OH, max_of<int64_t>(1, kPiece / a_row), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / p.OH, top = i % p.OH * p.stride[0] - p.padding[0];
+      const int64_t y0 = max_of<int64_t>(0, top), y1 = min_of(p.H, top + p.kernel[0]);
+      for (int64_t ox = 0; ox < p.OW; ++ox) {
+        const int64_t left = ox * p.stride[1] - p.padding[1];
+        const int64_t x0 = max_of<int64_t>(0, left), x1 = min_of(p.W, left + p.kernel[1]);
+        const scalar_t* const corner = memory.input + (n * p.H * p.W) * p.C;
+        scalar_t* const to = memory.output + (i * p.OW + ox) * p.C;
+        for_vectors<T>(0, p.C, [&](int64_t c, int64_t count) {
+          Vec<T> largest = splat(T(-__builtin_inf()));
+          for (int64_t y = y0; y < y1; ++y)
+            for (int64_t x = x0; x < x1; ++x) {
+              const Vec<T> value = load_some(corner + (y * p.W + x) * p.C + c, count);
+              largest = value > largest || value != value ? value : largest;
+            }
+          store_some(to + c, largest, count);
+        });
+      }
+    }
+  });
+}
+
+// output = f(input, channel, image), vector by vector.
+template <typename scalar_t, typename Function>
+void for_each(const MapParams& p, int64_t output_pitch, const Function& f) {
+  using T = opmath_t<scalar_t>;
+  const Memory<scalar_t> memory(p);
+  const int64_t pixels = p.H * p.W;
+  parallel_for(p.N * pixels, max_of<int64_t>(1, kPiece / max_of<int64_t>(1, p.C)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const scalar_t* const from = memory.input + i * p.C;
+      scalar_t* const to = memory.output + i * output_pitch;
+      const int64_t n = i / pixels;
+      for_vectors<T>(0, p.C, [&](int64_t c, int64_t count) __attribute__((always_inline)) {
+        store_some(to + c, f(load_some(from + c, count), n, c, count), count);
+      });
+    }
+  });
+}
+
+template <typename scalar_t>
+void affine(const MapParams& p) {
+  using T = opmath_t<scalar_t>;
+  const T* const scale = static_cast<const T*>(p.scale);
+  const T* const shift = static_cast<const T*>(p.shift);
+  with_activation(p.activation, [&](auto tag) __attribute__((always_inline)) {
+    for_each<scalar_t>(p, p.C, [&](Vec<T> x, int64_t, int64_t c, int64_t count) __attribute__((always_inline)) {
+      return finish<decltype(tag)::value, T>(x, load_some(scale + c, count), load_some(shift + c, count));
+    });
+  });
+}
+
+template <typename scalar_t>
+void run_typed(const MapParams& p) {
+  using T = opmath_t<scalar_t>;
+  const Memory<scalar_t> memory(p);
+  const MapSize size{p.N, p.C, p.H, p.W};
+  switch (p.op) {
+    case MapOp::kMean:
+      return mean<scalar_t>(p);
+    case MapOp::kMaxPool:
+      return max_pool<scalar_t>(p);
+    case MapOp::kScale:
+      return for_each<scalar_t>(p, p.C, [&](Vec<T> x, int64_t n, int64_t c, int64_t count) {
+        return x * load_some(memory.other + n * p.C + c, count);
+      });
+    case MapOp::kAffine:
+      return affine<scalar_t>(p);
+    case MapOp::kActivate:
+      return with_activation(p.activation, [&](auto tag) __attribute__((always_inline)) {
+        for_each<scalar_t>(p, p.C, [&](Vec<T> x, int64_t, int64_t, int64_t) __attribute__((always_inline)) {
+          return activate<decltype(tag)::value, T>(x);
+        });
+      });
+    case MapOp::kHardsigmoid:
+      return for_each<scalar_t>(p, p.C, [&](Vec<T> x, int64_t, int64_t, int64_t) {
+        return activate<Activation::kRelu6, T>(x + T(3)) / T(6);
+      });
+    case MapOp::kChannels:
+      return for_each<scalar_t>(p, p.output_pitch, [&](Vec<T> x, int64_t, int64_t, int64_t) { return x; });
+    case MapOp::kFlatten: {
+      const int64_t stride[4] = {p.C * p.H * p.W, p.H * p.W, p.W, 1};
+      return from_channels_last(size, memory.input, stride, memory.output);
+    }
+    case MapOp::kChannelsLast:
+      return to_channels_last(size, memory.input, p.input_stride, memory.output);
+  }
+}
+
+}  // namespace
+
+void run_map(const MapParams& p) {
+  dispatch_floating(p.dtype, [&](auto scalar) { run_typed<decltype(scalar)>(p); });
+}
+
+}  // namespace PVK_ISA
+
+PVK_CPU_ENTRY(void, run_map, MapParams)
+
+}  // namespace pvk::graph

@@ -1,0 +1,341 @@
+"""A stretch of a fused forward as one call: the code of the operator `_graph` (csrc/graph/graph.cpp).
+
+What is known of a stretch before it is called are its instructions; which kernel each runs, and what that reads of the
+weights, is decided for the sizes of the arguments. A stretch with a size or a type that has no instruction, or whose
+weights cannot be kept, runs call by call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter, is_, methodcaller
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyvision_kernels import _activation
+from pyvision_kernels._backend import CHOICE
+from pyvision_kernels._check import FLOATING
+from pyvision_kernels._op import declare
+from pyvision_kernels.convert.steps import Conv2dStep, LinearStep, NormStep
+from pyvision_kernels.ops.conv2d.geometry import Geometry
+from pyvision_kernels.ops.conv2d.operator import TORCH, decide_for
+from pyvision_kernels.ops.linear import pack_for
+
+# Numbers are those of csrc/graph: Kind, and MapOp behind it.
+CONV2D, LINEAR, MEAN, MAX_POOL, SCALE, AFFINE, ACTIVATE, HARDSIGMOID, CONCATENATE, FLATTEN = range(10)
+Size = tuple[int, ...]
+
+
+class DoesNotFit(Exception):
+    """An instruction is not for these sizes."""
+
+
+def _pooled(size: int, kernel: int, stride: int, padding: int) -> int:
+    if 2 * padding > kernel or size < 1 or size + 2 * padding < kernel:
+        raise DoesNotFit
+    return (size + 2 * padding - kernel) // stride + 1
+
+
+def _fake(inputs, constants, code):
+    numbers = iter(code)
+    count, leaving = next(numbers), [next(numbers) for _ in range(next(numbers))]
+    sizes: list[Any] = [tuple(input.shape) for input in inputs]
+    contiguous: set[int] = set()
+    for _ in range(count):
+        kind = next(numbers)
+        if kind == CONCATENATE:
+            parts = [sizes[next(numbers)] for _ in range(next(numbers))]
+            size = (parts[0][0], sum(part[1] for part in parts), *parts[0][2:])
+        else:
+            size = sizes[next(numbers)]
+        if kind == CONV2D:
+            _, weight, *_ = [next(numbers) for _ in range(6)]
+            _, pool, channels_last, _ = [next(numbers) for _ in range(4)]
+            geometry = Geometry([next(numbers) for _ in range(10)])
+            outputs, _, *taps = constants[weight].shape
+            rows, columns = geometry.output_size(size[2:], taps)
+            size = (size[0], outputs, rows // 2, columns // 2) if pool else (size[0], outputs, rows, columns)
+            if not channels_last:
+                contiguous.add(len(sizes))
+        elif kind == LINEAR:
+            _, weight, *_ = [next(numbers) for _ in range(5)]
+            size = (size[0], constants[weight].shape[0])
+        elif kind == MEAN:
+            size = (*size[:2], 1, 1)
+        elif kind == MAX_POOL:
+            kernel, stride, padding = ([next(numbers), next(numbers)] for _ in range(3))
+            size = (*size[:2], *map(_pooled, size[2:], kernel, stride, padding))
+        elif kind == FLATTEN:
+            size = (size[0], size[1] * size[2] * size[3])
+        else:
+            for _ in range({SCALE: 1, AFFINE: 3, ACTIVATE: 1}.get(kind, 0)):
+                next(numbers)
+        sizes.append(size)
+        for _ in range(next(numbers)):
+            next(numbers)
+    made = [inputs[0].new_empty(sizes[value]) for value in leaving]
+    return [
+        map.contiguous(memory_format=torch.channels_last) if map.dim() == 4 and value not in contiguous else map
+        for map, value in zip(made, leaving, strict=True)
+    ]
+
+
+graph_op = declare("_graph(Tensor[] inputs, Tensor[] constants, int[] code) -> Tensor[]", fake=_fake, cpu_only=True)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One call of a stretch, before sizes are known.
+
+    Attributes:
+        kind: Of the numbers above.
+        inputs: Values that it reads, by their place among the arguments of the stretch and the results so far.
+        step: Of a layer or a norm.
+        numbers: The other operands of the kind.
+        leaves: Whether a convolution's result has the layout that the caller asks for.
+    """
+
+    kind: int
+    inputs: tuple[int, ...]
+    step: Any = None
+    numbers: tuple[int, ...] = ()
+    leaves: bool = False
+
+
+class Program:
+    """A stretch for arguments of one size, dtype and layout, and the weights as they are.
+
+    Attributes:
+        code: None: it is to be run call by call.
+        constants: Tensors that the code names.
+    """
+
+    def __init__(self, stretch: Stretch, arguments: Sequence[Tensor], back: bool):
+        self.constants: list[Tensor] = []
+        self.code: list[int] | None = None
+        steps = [instruction.step for instruction in stretch.instructions if instruction.step is not None]
+        self.norms = [step.norm for step in steps if step.norm is not None]
+        self.places = [(step.parameters, name) for step in steps if type(step) is not NormStep for name in _OF_LAYERS]
+        self.places += [place for norm in self.norms for place in norm.places()]
+        self.tensors = [held.get(name) for held, name in self.places]
+        self.present = [tensor for tensor in self.tensors if tensor is not None]
+        self.counted = not any(tensor.is_inference() for tensor in self.present)  # whether writes to all of them are
+        if not self.counted:
+            return
+        self.seen = self._look()
+        try:
+            code = _Assembler(self.constants, arguments, back).assemble(stretch)
+        except DoesNotFit:
+            self.constants.clear()
+        else:
+            self.code = code
+
+    def is_current(self) -> bool:
+        """Whether the weights are those that it was made for, unchanged. Some tens of nanoseconds a tensor."""
+        if not all(map(is_, self.tensors, [held.get(name) for held, name in self.places])):
+            return False
+        return self.counted and self._look() == self.seen
+
+    def _look(self) -> tuple[Any, ...]:
+        present = self.present
+        return (
+            list(map(_version_of, present)),
+            list(map(_address_of, present)),
+            list(map(_size_of, present)),
+            list(map(_strides_of, present)),
+            [norm.norm.eps for norm in self.norms],
+        )
+
+
+_OF_LAYERS = ("weight", "bias")
+_version_of = attrgetter("_version")
+_address_of = methodcaller("data_ptr")
+_size_of = attrgetter("shape")
+_strides_of = methodcaller("stride")
+
+
+class _Assembler:
+    """Writes the code of a stretch for sizes."""
+
+    def __init__(self, constants: list[Tensor], arguments: Sequence[Tensor], back: bool):
+        self.constants = constants
+        self.dtype = arguments[0].dtype
+        self.back = back
+        self.sizes: list[Size] = [tuple(argument.shape) for argument in arguments]
+        self.channels_last = [
+            argument.is_contiguous(memory_format=torch.channels_last) and not argument.is_contiguous()
+            if argument.dim() == 4
+            else True
+            for argument in arguments
+        ]
+
+    def assemble(self, stretch: Stretch) -> list[int]:
+        code = [len(stretch.instructions), len(stretch.outputs), *stretch.outputs]
+        for instruction, dying in zip(stretch.instructions, stretch.dying, strict=True):
+            size, numbers = _WRITERS[instruction.kind](self, instruction)
+            if min(size) < 1:
+                raise DoesNotFit
+            self.sizes.append(size)
+            self.channels_last.append(True)
+            code += [instruction.kind, *numbers, len(dying), *dying]
+        return code
+
+    def _constant(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return -1
+        self.constants.append(tensor)
+        return len(self.constants) - 1
+
+    def _map(self, value: int) -> tuple[int, int, int, int]:
+        size = self.sizes[value]
+        if len(size) != 4 or min(size) < 1:
+            raise DoesNotFit
+        return size  # type: ignore[return-value]
+
+    def _weight(self, step: Any) -> Tensor:
+        weight = step.parameters["weight"]
+        if weight.dtype is not self.dtype or not weight.is_cpu:
+            raise DoesNotFit
+        return weight
+
+    def conv2d(self, instruction: Instruction) -> tuple[Size, list[int]]:
+        step, value = instruction.step, instruction.inputs[0]
+        size, weight, geometry = self._map(value), self._weight(step), step.geometry
+        rows, columns = geometry.output_size(size[2:], weight.shape[2:])
+        result = (size[0], weight.shape[0], rows, columns)
+        if size[1] != weight.shape[1] * geometry.groups or min(result) < 1:
+            raise DoesNotFit
+        residual = instruction.inputs[1] if len(instruction.inputs) > 1 else -1
+        if residual != -1 and self.sizes[residual] != result:
+            raise DoesNotFit
+        kernel = decide_for(size, self.dtype, "cpu", self.channels_last[value], weight, geometry, True)
+        packed = None if kernel == TORCH else step.pack_for(weight, kernel, self.dtype)
+        if packed is None:
+            raise DoesNotFit
+        scale, shift = (None, None) if step.norm is None else step.norm.get()
+        held = weight, step.parameters["bias"], scale, shift, packed
+        channels_last = not (instruction.leaves and self.back)
+        options = step.number, int(step.pool), int(channels_last), kernel
+        if step.pool:
+            result = (*result[:2], rows // 2, columns // 2)
+        return result, [value, residual, *map(self._constant, held), *options, *geometry.numbers]
+
+    def linear(self, instruction: Instruction) -> tuple[Size, list[int]]:
+        step, value = instruction.step, instruction.inputs[0]
+        size, weight = self.sizes[value], self._weight(step)
+        if len(size) != 2 or size[1] != weight.shape[1]:
+            raise DoesNotFit
+        result = (size[0], weight.shape[0])
+        residual = instruction.inputs[1] if len(instruction.inputs) > 1 else -1
+        if residual != -1 and self.sizes[residual] != result:
+            raise DoesNotFit
+        held = weight, step.parameters["bias"], pack_for(weight, size[0], step.packs)
+        return result, [value, residual, *map(self._constant, held), _activation.NUMBERS[step.activation]]
+
+    def affine(self, instruction: Instruction) -> tuple[Size, list[int]]:
+        value, norm = instruction.inputs[0], instruction.step.norm
+        size = self._map(value)
+        scale, shift = norm.get()
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        if scale.dtype is not wide or scale.shape[0] != size[1] or norm.norm.running_mean.dtype is not self.dtype:
+            raise DoesNotFit
+        return size, [value, self._constant(scale), self._constant(shift), int(instruction.step.relu)]
+
+    def mean(self, instruction: Instruction) -> tuple[Size, list[int]]:
+        value = instruction.inputs[0]
+        return (*self._map(value)[:2], 1, 1), [value]
+
+    def max_pool(self, instruction: Instruction) -> tuple[Size, list[int]]:
+        value, numbers = instruction.inputs[0], instruction.numbers
+        images, channels, *pixels = self._map(value)
+        pairs = numbers[:2], numbers[2:4], numbers[4:]
+        return (images, channels, *map(_pooled, pixels, *pairs)), [value, *numbers]
+
+    def scale(self, instruction: Instruction) -> tuple[Size, list[int]]:
+        one, other = instruction.inputs
+        if self._map(one)[2:] == (1, 1):
+            one, other = other, one
+        if self._map(other) != (*self._map(one)[:2], 1, 1):
+            raise DoesNotFit
+        return self.sizes[one], [one, other]
+
+    def same(self, instruction: Instruction) -> tuple[Size, list[int]]:
+        value = instruction.inputs[0]
+        return self._map(value), [value, *instruction.numbers]
+
+    def concatenate(self, instruction: Instruction) -> tuple[Size, list[int]]:
+        maps = [self._map(value) for value in instruction.inputs]
+        (images, _, *pixels), channels = maps[0], sum(size[1] for size in maps)
+        if any(size[0] != images or list(size[2:]) != pixels for size in maps):
+            raise DoesNotFit
+        return (images, channels, *pixels), [len(maps), *instruction.inputs]
+
+    def flatten(self, instruction: Instruction) -> tuple[Size, list[int]]:
+        value = instruction.inputs[0]
+        images, channels, rows, columns = self._map(value)
+        return (images, channels * rows * columns), [value]
+
+
+_WRITERS: dict[int, Callable[[_Assembler, Instruction], tuple[Size, list[int]]]] = {
+    CONV2D: _Assembler.conv2d,
+    LINEAR: _Assembler.linear,
+    MEAN: _Assembler.mean,
+    MAX_POOL: _Assembler.max_pool,
+    SCALE: _Assembler.scale,
+    AFFINE: _Assembler.affine,
+    ACTIVATE: _Assembler.same,
+    HARDSIGMOID: _Assembler.same,
+    CONCATENATE: _Assembler.concatenate,
+    FLATTEN: _Assembler.flatten,
+}
+KIND_OF_STEP = {Conv2dStep: CONV2D, LinearStep: LINEAR, NormStep: AFFINE}
+_MOST = 256  # sizes of arguments of a stretch
+
+
+class Stretch:
+    """Instructions that follow each other, called with the values that they read and `back`.
+
+    Args:
+        arguments: How many values it reads.
+        instructions: In order.
+        outputs: Values that are read outside, by their places.
+        call_by_call: The same, without the operator.
+    """
+
+    def __init__(
+        self, arguments: int, instructions: list[Instruction], outputs: list[int], call_by_call: Callable[..., Any]
+    ):
+        self.instructions, self.outputs, self.call_by_call = instructions, outputs, call_by_call
+        self.operator: Callable[..., Any] = graph_op
+        self.programs: dict[Any, Program] = {}
+        last = {value: place for place, instruction in enumerate(instructions) for value in instruction.inputs}
+        self.dying: list[list[int]] = [[] for _ in instructions]
+        for value, place in last.items():
+            if value >= arguments and value not in outputs:
+                self.dying[place].append(value)
+
+    def __call__(self, *arguments: Tensor, back: bool) -> Any:
+        program = self._program(arguments, back)
+        if program is None or program.code is None:
+            return self.call_by_call(*arguments, back)
+        results = self.operator(list(arguments), program.constants, program.code)
+        return results[0] if len(results) == 1 else results
+
+    def _program(self, arguments: tuple[Tensor, ...], back: bool) -> Program | None:
+        dtype, grad = arguments[0].dtype, torch.is_grad_enabled()
+        for argument in arguments:
+            plain = type(argument) is Tensor and argument.is_cpu and argument.dtype is dtype
+            if not plain or (grad and argument.requires_grad):
+                return None
+        if dtype not in FLOATING:
+            return None
+        key = back, CHOICE.key, dtype, *[(argument.shape, argument.stride()) for argument in arguments]
+        program = self.programs.get(key)
+        if program is None or not program.is_current():
+            if len(self.programs) > _MOST:
+                self.programs.clear()
+            program = self.programs[key] = Program(self, arguments, back)
+        return program
