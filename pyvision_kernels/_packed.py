@@ -145,6 +145,9 @@ _version_of = attrgetter("_version")
 _address_of = methodcaller("data_ptr")
 
 
+kept_by = attrgetter("_kept")  # of Packs or a FoldedNorm: another object where what it kept is out of date
+
+
 def _fold(tensors: tuple[Any, ...], eps: float) -> tuple[Tensor, Tensor]:
     mean, variance, weight, bias = tensors
     wide = torch.float64

@@ -19,6 +19,7 @@ from pyvision_kernels import _activation
 from pyvision_kernels._backend import CHOICE
 from pyvision_kernels._check import FLOATING
 from pyvision_kernels._op import declare
+from pyvision_kernels._packed import kept_by
 from pyvision_kernels.convert.steps import Conv2dStep, LinearStep, NormStep
 from pyvision_kernels.ops.conv2d.geometry import Geometry
 from pyvision_kernels.ops.conv2d.operator import TORCH, decide_for
@@ -118,6 +119,7 @@ class Program:
         self.code: list[int] | None = None
         steps = [instruction.step for instruction in stretch.instructions if instruction.step is not None]
         self.norms = [step.norm for step in steps if step.norm is not None]
+        self.keepers = [*self.norms, *(step.packs for step in steps if type(step) is not NormStep)]
         self.places = [(step.parameters, name) for step in steps if type(step) is not NormStep for name in _OF_LAYERS]
         self.places += [place for norm in self.norms for place in norm.places()]
         self.tensors = [held.get(name) for held, name in self.places]
@@ -132,12 +134,16 @@ class Program:
             self.constants.clear()
         else:
             self.code = code
+        self.kept = list(map(kept_by, self.keepers))  # replaced when they are told to forget
 
     def is_current(self) -> bool:
         """Whether the weights are those that it was made for, unchanged. Some tens of nanoseconds a tensor."""
-        if not all(map(is_, self.tensors, [held.get(name) for held, name in self.places])):
-            return False
-        return self.counted and self._look() == self.seen
+        return (
+            self.counted
+            and all(map(is_, self.tensors, [held.get(name) for held, name in self.places]))
+            and all(map(is_, self.kept, map(kept_by, self.keepers)))
+            and self._look() == self.seen
+        )
 
     def _look(self) -> tuple[Any, ...]:
         present = self.present
@@ -193,7 +199,7 @@ class _Assembler:
         size = self.sizes[value]
         if len(size) != 4 or min(size) < 1:
             raise DoesNotFit
-        return size  # type: ignore[return-value]
+        return size
 
     def _weight(self, step: Any) -> Tensor:
         weight = step.parameters["weight"]
@@ -295,6 +301,11 @@ KIND_OF_STEP = {Conv2dStep: CONV2D, LinearStep: LINEAR, NormStep: AFFINE}
 _MOST = 256  # sizes of arguments of a stretch
 
 
+def _someone_watches() -> bool:
+    """Whether a profiler or a dispatch mode, such as a counter of FLOPs, is to see each layer."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._autograd._profiler_enabled()
+
+
 class Stretch:
     """Instructions that follow each other, called with the values that they read and `back`.
 
@@ -325,6 +336,8 @@ class Stretch:
         return results[0] if len(results) == 1 else results
 
     def _program(self, arguments: tuple[Tensor, ...], back: bool) -> Program | None:
+        if _someone_watches():
+            return None
         dtype, grad = arguments[0].dtype, torch.is_grad_enabled()
         for argument in arguments:
             plain = type(argument) is Tensor and argument.is_cpu and argument.dtype is dtype
