@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import pyvision_kernels as pvk
 from benchmarks import pair, peers, report
 
-PAUSE = 0.01  # Seconds, in which the threads of who ran before go to sleep.
+PAUSE = 0.06  # Seconds, in which the threads of who ran before go to sleep: ONNX Runtime's spin for 0.05.
 LEAST = 0.005  # Seconds of a timed stretch; shorter calls are repeated.
 # Relative l2 error of an output, beside twice that of eager PyTorch: Winograd F(4x4) has 2e-6 in each layer.
 BESIDE = {torch.float32: 2e-5, torch.bfloat16: 2.0**-8}
@@ -119,17 +119,28 @@ def converted(model: nn.Module, input: Tensor, dtype: torch.dtype) -> pair.Call:
 
 
 def timed_against(ours: pair.Call, peer: pair.Call, seconds: float) -> pair.Timing:
-    """`pair.interleave`, but before each stretch the other's threads go to sleep, which else take the CPUs."""
+    """Seconds of a call of each, in stretches by turns.
+
+    Before a stretch the other's threads go to sleep, which else take the CPUs, and an untimed call wakes those of who
+    is next.
+    """
     start = time.perf_counter()
     ours()
     count = max(1, math.ceil(LEAST / (time.perf_counter() - start)))
-    clock = pair.Clock(time.perf_counter, lambda: time.sleep(PAUSE))
-    timing = pair.interleave(pair.repeated(ours, count), pair.repeated(peer, count), clock, seconds)
-    ours_seconds, peer_seconds = (
-        pair.Spread(spread.median / count, spread.q1 / count, spread.q3 / count)
-        for spread in (timing.ours, timing.peer)
-    )
-    return pair.Timing(ours_seconds, peer_seconds, timing.ratio, timing.rounds)
+
+    def stretch(call: pair.Call) -> float:
+        time.sleep(PAUSE)
+        call()
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        return (time.perf_counter() - start) / count
+
+    stretches: list[tuple[float, float]] = []
+    end = time.perf_counter() + seconds
+    while len(stretches) < pair.MIN_ROUNDS or (time.perf_counter() < end and len(stretches) < pair.MAX_ROUNDS):
+        stretches.append((stretch(peer), stretch(ours)))
+    return pair.Timing.of([mine for _, mine in stretches], [theirs for theirs, _ in stretches])
 
 
 @torch.no_grad()
