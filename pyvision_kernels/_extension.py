@@ -95,6 +95,13 @@ def cpu_capability() -> str:
     return handle.pvk_cpu_capability().decode() if handle else "none"
 
 
+@torch.compiler.assume_constant_result
+def cpu_has_bfloat16_dot() -> bool:
+    """Whether the instruction set in force multiplies bfloat16 by dot products."""
+    handle = LIBRARIES["CPU"].handle
+    return handle is not None and bool(handle.pvk_cpu_has_bfloat16_dot())
+
+
 @contextlib.contextmanager
 def force_cpu_capability(name: str) -> Iterator[None]:
     """Runs the CPU kernels of one instruction set inside the block; for tests.

@@ -175,7 +175,7 @@ def test_a_profiler_sees_each_layer():
     model = pvk.convert(pvk.models.CNN().eval(), fuse=True)
     picture = torch.randn(1, 3, 24, 24)
     model(picture)
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         model(picture)
     names = [event.name for event in profile.events()]
     assert names.count("pvk::conv2d") == 2

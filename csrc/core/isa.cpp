@@ -97,6 +97,10 @@ extern "C" __attribute__((visibility("default"))) const char* pvk_cpu_best_capab
   return pvk::kNames[static_cast<int>(pvk::best())];
 }
 
+extern "C" __attribute__((visibility("default"))) int pvk_cpu_has_bfloat16_dot() {
+  return pvk::cpu_has_bfloat16_dot();
+}
+
 // Returns 0, or 1 where the name is unknown, or 2 where this CPU lacks it.
 extern "C" __attribute__((visibility("default"))) int pvk_set_cpu_capability(const char* name) {
   for (int level = 0; level < 3; ++level) {

@@ -217,7 +217,8 @@ class _Assembler:
         residual = instruction.inputs[1] if len(instruction.inputs) > 1 else -1
         if residual != -1 and self.sizes[residual] != result:
             raise DoesNotFit
-        kernel = decide_for(size, self.dtype, "cpu", self.channels_last[value], weight, geometry, True)
+        flows = self.channels_last[value]
+        kernel = decide_for(size, self.dtype, "cpu", flows, weight, geometry, True, step.alone)
         packed = None if kernel == TORCH else step.pack_for(weight, kernel, self.dtype)
         if packed is None:
             raise DoesNotFit

@@ -161,13 +161,13 @@ def test_strict_numerics_leaves_out_the_large_tiles():
     case = next(case for case in SPEC.cases if case.name == "winograd4")
     inputs = case.inputs(torch.float32)
     geometry = Geometry.of(1, 1, 1, 1, "zeros", (3, 3))
-    assert decide(inputs["input"], inputs["weight"], geometry, True) == algorithm.WINOGRAD4
+    assert decide(inputs["input"], inputs["weight"], geometry, True, True) == algorithm.WINOGRAD4
     with pvk.strict_numerics():
-        assert decide(inputs["input"], inputs["weight"], geometry, True) == algorithm.WINOGRAD2
+        assert decide(inputs["input"], inputs["weight"], geometry, True, True) == algorithm.WINOGRAD2
         exact = reference.conv2d(**{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})
         ours, peer = pvk.ops.conv2d(**inputs).double(), SPEC.peer(**inputs).double()
         assert (ours - exact).abs().max() <= 2 * (peer - exact).abs().max() + 1e-7 * exact.abs().max()
-    assert decide(inputs["input"], inputs["weight"], geometry, True) == algorithm.WINOGRAD4
+    assert decide(inputs["input"], inputs["weight"], geometry, True, True) == algorithm.WINOGRAD4
 
 
 @pytest.mark.parametrize("channels", [64, 512])

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from pyvision_kernels._extension import cpu_has_bfloat16_dot
+
 # Numbers are those of csrc/ops/conv2d/conv2d.h.
 DIRECT, WINOGRAD2, WINOGRAD4, DEPTHWISE, FEW_CHANNELS = range(5)
 NAMES = ("direct", "winograd2", "winograd4", "depthwise", "few_channels")
@@ -18,7 +20,10 @@ FEW = 4  # channels of a first layer, at most
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes of a convolution: N images, C channels in, K out, R x S taps, OH x OW pixels out."""
+    """Sizes of a convolution: N images, C channels in, K out, R x S taps, OH x OW pixels out.
+
+    alone: nothing that PyTorch would do in a pass of its own (batch norm, addition, activation, pooling) follows.
+    """
 
     N: int
     C: int
@@ -35,6 +40,7 @@ class Problem:
     dtype: torch.dtype
     device: str
     channels_last: bool
+    alone: bool
 
     @property
     def is_dense_3x3(self) -> bool:
@@ -46,6 +52,7 @@ class Problem:
 _TILES = {DIRECT: (1, 9), WINOGRAD2: (2, 16), WINOGRAD4: (4, 36)}
 # A pass over the weights costs as much as so many tiles: to read them, or to transform them first.
 _TILES_TO_READ, _TILES_TO_PACK = 8, 28
+_BY_DOT = 0.6  # of a product's cost in the direct algorithm: bfloat16 by dot products, where the others are in float32
 
 
 def ours(problem: Problem, strict: bool, packed: bool) -> int:
@@ -63,9 +70,11 @@ def ours(problem: Problem, strict: bool, packed: bool) -> int:
     if not p.is_dense_3x3 or p.C < 8 or p.K < 4:
         return DIRECT
     weights = _TILES_TO_READ if packed else _TILES_TO_PACK
-    best, least = DIRECT, 0
+    best, least = DIRECT, 0.0
     for algorithm, (side, products) in _TILES.items():
         cost = products * (p.N * -(-p.OH // side) * -(-p.OW // side) + weights)
+        if algorithm == DIRECT and p.dtype == torch.bfloat16 and p.device == "cpu" and cpu_has_bfloat16_dot():
+            cost *= _BY_DOT
         if algorithm == DIRECT or (cost <= least and not (strict and algorithm == WINOGRAD4)):
             best, least = algorithm, cost
     return best
@@ -76,7 +85,7 @@ def torch_is_faster(problem: Problem, packed: bool) -> bool:
     p = problem
     if p.device == "cuda":  # our kernel there is plain, for now
         return True
-    if p.device != "cpu" or p.dtype != torch.bfloat16:
+    if p.device != "cpu" or p.dtype != torch.bfloat16 or not p.alone:
         return False
     # PyTorch's kernels for bfloat16, which multiply by dot products where ours convert to float32.
     if p.groups > 1 and p.groups == p.C:

@@ -151,12 +151,17 @@ conv2d_pack_op = declare(
 _MOST_DECIDED = 4096  # sizes of inputs of a Geometry
 
 
-def decide(input: Tensor, weight: Tensor, geometry: Geometry, packed: bool) -> int:
-    """The number of the algorithm for these inputs, or TORCH. packed: the packed weight is kept between calls."""
+def decide(input: Tensor, weight: Tensor, geometry: Geometry, packed: bool, alone: bool) -> int:
+    """The number of the algorithm for these inputs, or TORCH.
+
+    Args:
+        packed: The packed weight is kept between calls.
+        alone: See `algorithm.Problem`.
+    """
     require(weight.dim() == 4, "conv2d", "weight to have 4 dimensions [K, C / groups, R, S]", weight.shape)
     require(input.dim() == 4, "conv2d", "input to have 4 dimensions [N, C, H, W]", input.shape)
     flows = flows_channels_last(input, weight)
-    return decide_for(input.shape, input.dtype, input.device.type, flows, weight, geometry, packed)
+    return decide_for(input.shape, input.dtype, input.device.type, flows, weight, geometry, packed, alone)
 
 
 def decide_for(
@@ -167,6 +172,7 @@ def decide_for(
     weight: Tensor,
     geometry: Geometry,
     packed: bool,
+    alone: bool,
 ) -> int:
     """decide, of an input that is not there yet: its size, dtype, type of device, and layout."""
     mode, strict = CHOICE.key
@@ -182,6 +188,7 @@ def decide_for(
         dtype,
         device,
         channels_last,
+        alone,
     )
     if mode == "torch" or (mode == "auto" and algorithm.torch_is_faster(problem, packed)):
         return TORCH
@@ -220,16 +227,18 @@ def run(
         channels_last: Layout of the result; None: that of the input.
         Others: as of conv2d; input is [N, C, H, W].
     """
+    alone = scale is None and shift is None and residual is None and activation is None and not pool
     if torch.compiler.is_compiling():
-        kernel = decide(input, weight, geometry, packs is not None)
+        kernel = decide(input, weight, geometry, packs is not None, alone)
     else:
-        key = (input.shape, input.stride(), weight.shape, input.dtype, input.device.type, CHOICE.key, packs is None)
+        how = CHOICE.key, packs is None, alone
+        key = (input.shape, input.stride(), weight.shape, input.dtype, input.device.type, how)
         try:
             kernel = geometry.plans[key]
         except KeyError:
             if len(geometry.plans) > _MOST_DECIDED:
                 geometry.plans.clear()
-            kernel = geometry.plans[key] = decide(input, weight, geometry, packs is not None)
+            kernel = geometry.plans[key] = decide(input, weight, geometry, packs is not None, alone)
     if channels_last is None:
         channels_last = flows_channels_last(input, weight)
     if kernel == TORCH:
