@@ -72,7 +72,7 @@ def ours(problem: Problem, strict: bool, packed: bool) -> int:
     weights = _TILES_TO_READ if packed else _TILES_TO_PACK
     best, least = DIRECT, 0.0
     for algorithm, (side, products) in _TILES.items():
-        cost = products * (p.N * -(-p.OH // side) * -(-p.OW // side) + weights)
+        cost: float = products * (p.N * -(-p.OH // side) * -(-p.OW // side) + weights)
         if algorithm == DIRECT and p.dtype == torch.bfloat16 and p.device == "cpu" and cpu_has_bfloat16_dot():
             cost *= _BY_DOT
         if algorithm == DIRECT or (cost <= least and not (strict and algorithm == WINOGRAD4)):
