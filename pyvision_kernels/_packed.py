@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 _MOST = 4096  # results of one weight: a model may be called with pictures of any size
-_PLAIN = (torch.Tensor, nn.Parameter)  # subclasses may have no memory of their own
+PLAIN = (torch.Tensor, nn.Parameter)  # subclasses may have no memory of their own
 
 
 def stamp(tensor: Tensor) -> tuple[Any, ...]:
@@ -65,7 +65,7 @@ class Packs:
             if packed is not None:
                 return packed
         else:
-            if type(weight) not in _PLAIN or (weight.is_inference() and not self._pinned):
+            if type(weight) not in PLAIN or (weight.is_inference() and not self._pinned):
                 return None
             kept = self._kept = _Kept(weight)
         packed = _outside_of_autograd(make)

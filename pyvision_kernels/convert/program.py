@@ -19,7 +19,7 @@ from pyvision_kernels import _activation
 from pyvision_kernels._backend import CHOICE
 from pyvision_kernels._check import FLOATING
 from pyvision_kernels._op import declare
-from pyvision_kernels._packed import kept_by
+from pyvision_kernels._packed import PLAIN, kept_by
 from pyvision_kernels.convert.steps import Conv2dStep, LinearStep, NormStep
 from pyvision_kernels.ops.conv2d.geometry import Geometry
 from pyvision_kernels.ops.conv2d.operator import TORCH, decide_for
@@ -124,7 +124,8 @@ class Program:
         self.places += [place for norm in self.norms for place in norm.places()]
         self.tensors = [held.get(name) for held, name in self.places]
         self.present = [tensor for tensor in self.tensors if tensor is not None]
-        self.counted = not any(tensor.is_inference() for tensor in self.present)  # whether writes to all of them are
+        # Whether writes to all of them are; subclasses may have no memory of their own.
+        self.counted = not any(type(tensor) not in PLAIN or tensor.is_inference() for tensor in self.present)
         if not self.counted:
             return
         self.seen = self._look()
