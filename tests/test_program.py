@@ -150,6 +150,26 @@ def test_sizes_without_instructions_run_call_by_call():
 
 
 @torch.no_grad()
+def test_results_that_nobody_reads():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            left = F.relu(self.one(x))
+            torch.flatten(left, 1)
+            y = x + 1
+            F.relu(self.other(y)).mean((2, 3), keepdim=True)
+            return left, y
+
+    model, picture = _model(Model), torch.randn(1, 3, 8, 8)
+    left, right = model(picture)
+    torch.testing.assert_close(left, F.relu(F.conv2d(picture, model.one.weight, model.one.bias)))
+    assert torch.equal(right, picture + 1)
+
+
+@torch.no_grad()
 def test_threads_share_a_model():
     model = pvk.convert(pvk.models.CNN().eval(), fuse=True)
     pictures = [torch.randn(batch, 3, 24, 24) for batch in (1, 2, 3, 4)]

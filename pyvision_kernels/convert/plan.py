@@ -194,8 +194,9 @@ class _Writer:
         self.writes = any(is_in_place(node, modules) for node in nodes if node not in self.chain_at)
         for found, run in itertools.groupby(nodes, lambda node: self._instruction(node) is not None):
             together = list(run)
-            if found and len(together) > 1 and any(node in self.chain_at for node in together):
-                self._write_stretch(together)
+            leaving = [node for node in together if not self._is_read_within(node, set(together))]
+            if found and leaving and len(together) > 1 and any(node in self.chain_at for node in together):
+                self._write_stretch(together, leaving)
             else:
                 for node in together:
                     self._write(node)
@@ -215,12 +216,15 @@ class _Writer:
         found = find_instruction(node, self.modules)
         return None if found is not None and found[0] == FLATTEN and self.writes else found
 
-    def _write_stretch(self, nodes: list[fx.Node]) -> None:
+    def _is_read_within(self, node: fx.Node, nodes: set[fx.Node]) -> bool:
+        """Whether nobody but these reads a value."""
+        return all(reader in nodes for reader in self.readers.get(node, []))
+
+    def _write_stretch(self, nodes: list[fx.Node], outputs: list[fx.Node]) -> None:
         """A call of a Stretch, and the function that it calls where it does not fit."""
         inside = set(nodes)
         reads = dict.fromkeys(argument for node in nodes for argument in self._reads(node))
         arguments = [argument for argument in reads if argument not in inside]
-        outputs = [node for node in nodes if any(reader not in inside for reader in self.readers.get(node, []))]
         place = {node: index for index, node in enumerate([*arguments, *nodes])}
         instructions = []
         for node in nodes:
