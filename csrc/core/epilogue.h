@@ -27,7 +27,7 @@ PVK_INLINE Vec<float> erf_of(Vec<float> x) {
   constexpr float kFar[] = {1.1286972f,    0.6349583f,     0.1065491f,   -0.0240255f,
                             0.0037646573f, -3.5233147e-4f, 1.4133771e-5f};
   const Vec<float> size = abs_of<float>(x);
-  const Vec<float> capped = size > 4.0f ? splat(4.0f) : size;
+  const Vec<float> capped = at_most(size, 4.0f);
   const Vec<float> near = fma(x, polynomial(kNear, x * x), x);
   const Vec<float> far = 1.0f - exp_of<float>(-capped * polynomial(kFar, capped));
   const Vec<float> signed_far = x < 0.0f ? -far : far;
@@ -41,16 +41,12 @@ PVK_INLINE Vec<double> erf_of(Vec<double> x) {
 
 template <Activation kActivation, typename T>
 PVK_INLINE Vec<T> activate(Vec<T> x) {
-  const Vec<T> zero{};
   if constexpr (kActivation == Activation::kRelu) {
-    return x < zero ? zero : x;
+    return at_least(x, T(0));
   } else if constexpr (kActivation == Activation::kRelu6) {
-    const Vec<T> low = x < zero ? zero : x;
-    return low > T(6) ? splat(T(6)) : low;
+    return at_most(at_least(x, T(0)), T(6));
   } else if constexpr (kActivation == Activation::kHardswish) {
-    const Vec<T> moved = x + T(3);
-    const Vec<T> low = moved < zero ? zero : moved;
-    return x * (low > T(6) ? splat(T(6)) : low) * T(1.0 / 6);
+    return x * at_most(at_least(x + T(3), T(0)), T(6)) * T(1.0 / 6);
   } else if constexpr (kActivation == Activation::kSilu) {
     return x * sigmoid_of<T>(x);
   } else if constexpr (kActivation == Activation::kGelu) {
