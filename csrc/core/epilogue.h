@@ -97,20 +97,22 @@ PVK_INLINE Vec<T> finish(Vec<T> sum, Vec<T> scale, Vec<T> shift, Vec<T> residual
 
 // ---- the merged scale and shift of every channel ----
 
-// Element i of an array of dtype, which is not kFloat64 unless T is double.
+// values[i] = source[i] of `count` of dtype, which is not kFloat64 unless T is double.
 template <typename T>
-PVK_INLINE T element_of(const void* data, DType dtype, int64_t i) {
+PVK_INLINE void read_values(T* values, const void* source, DType dtype, int64_t count) {
+  const auto read = [&](const auto* typed) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < count; ++i) values[i] = T(to_float(typed[i]));
+  };
   switch (dtype) {
     case DType::kFloat32:
-      return T(static_cast<const float*>(data)[i]);
+      return read(static_cast<const float*>(source));
     case DType::kFloat64:
-      return T(static_cast<const double*>(data)[i]);
+      return read(static_cast<const double*>(source));
     case DType::kFloat16:
-      return T(to_float(static_cast<const Float16*>(data)[i]));
+      return read(static_cast<const Float16*>(source));
     case DType::kBFloat16:
-      return T(to_float(static_cast<const BFloat16*>(data)[i]));
+      return read(static_cast<const BFloat16*>(source));
   }
-  return T(0);
 }
 
 template <typename T>
@@ -120,13 +122,20 @@ class Epilogue {
   Epilogue(int64_t channels, const void* bias, DType bias_dtype, const void* scale, const void* shift,
            DType scale_dtype, Activation activation)
       : activation(activation), data_(2 * padded(channels)), pitch_(padded(channels)) {
-    for (int64_t c = 0; c < pitch_; ++c) {
-      const bool inside = c < channels;
-      const T factor = inside && scale != nullptr ? element_of<T>(scale, scale_dtype, c) : T(1);
-      T term = inside && bias != nullptr ? element_of<T>(bias, bias_dtype, c) * factor : T(0);
-      if (inside && shift != nullptr) term += element_of<T>(shift, scale_dtype, c);
-      data_[c] = factor;
-      data_[pitch_ + c] = term;
+    T* const factors = data_.data();
+    T* const terms = factors + pitch_;
+    for (int64_t c = 0; c < pitch_; ++c) factors[c] = T(1), terms[c] = T(0);
+    if (scale != nullptr) read_values(factors, scale, scale_dtype, channels);
+    if (bias != nullptr) {
+      read_values(terms, bias, bias_dtype, channels);
+      for (int64_t c = 0; c < channels; ++c) terms[c] *= factors[c];
+    }
+    if (shift != nullptr && bias == nullptr) {
+      read_values(terms, shift, scale_dtype, channels);
+    } else if (shift != nullptr) {
+      Buffer<T> added(channels);
+      read_values(added.data(), shift, scale_dtype, channels);
+      for (int64_t c = 0; c < channels; ++c) terms[c] += added[c];
     }
   }
 

@@ -64,7 +64,7 @@ PVK_INLINE Vec<T> power_of_two(Mask<T> k) {
 
 template <typename T>
 PVK_INLINE Vec<T> abs_of(Vec<T> x) {
-  return x < T(0) ? -x : x + T(0);  // -0 + 0 is 0
+  return (Vec<T>)((Mask<T>)x & ~(Mask<T>)splat(T(-0.0)));
 }
 
 // x * 2^(shifted - kRounder), in exp_of's range; subnormal results are rounded once, and 2^128 is infinity.
