@@ -112,10 +112,17 @@ void convolve_band(const Call<scalar_t>& call, const Band<scalar_t>& band, Buffe
   out.streams = call.streams;
   // By columns of tiles the input rows of a tile stay in the first-level cache. By rows memory is read in order.
   const bool by_rows = call.by_rows && !p.pool;
-  const int64_t strips = ceil_div(OW, int64_t(kColumns)), height = band.last - band.first;
-  for (int64_t i = 0; i < strips * height; ++i) {
-    const int64_t oh = band.first + (by_rows ? i / strips : i % height);
-    const int64_t ow = (by_rows ? i % strips : i / height) * kColumns;
+  int64_t oh = band.first, ow = 0;
+  const auto advance = [&]() __attribute__((always_inline)) {
+    if (by_rows) {
+      ow += kColumns;
+      if (ow >= OW) ow = 0, ++oh;
+    } else if (++oh == band.last) {
+      oh = band.first;
+      ow += kColumns;
+    }
+  };
+  for (; oh < band.last && ow < OW; advance()) {
     tile.columns = call.columns + ow * p.stride[1];
     out.count = int(min_of(int64_t(kColumns), OW - ow));
     tile.rows = call.rows + oh * p.stride[0];
