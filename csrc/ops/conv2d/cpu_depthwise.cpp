@@ -15,13 +15,13 @@
 namespace pvk::conv2d::PVK_ISA {
 namespace {
 
-constexpr int64_t kBlockBytes = 20 << 10;     // of the input rows that a column of tiles keeps in the first-level cache
-constexpr int64_t kCachedBytes = 640 << 10;   // of a map that the second-level cache has from who wrote it
-constexpr int64_t kNearBytes = 4 << 20;       // of a map that is not read from memory
-constexpr int64_t kTurnedBytes = 256 << 10;   // of the input that a task turns into scratch
-constexpr int64_t kBandOutputs = 64 << 10;    // that a task writes, about
-constexpr int64_t kStreamedBytes = 12 << 20;  // of outputs that go past the caches
-constexpr int64_t kSmallWork = 1 << 18;       // multiply-adds that waking a thread is not worth
+constexpr int64_t kBlockBytes = 20 << 10;    // of the input rows that a column of tiles keeps in the first-level cache
+constexpr int64_t kCachedBytes = 640 << 10;  // of a map that the second-level cache has from who wrote it
+constexpr int64_t kNearBytes = 4 << 20;      // of a map that is not read from memory
+constexpr int64_t kTurnedBytes = 256 << 10;  // of the input that a task turns into scratch
+constexpr int64_t kBandOutputs = 64 << 10;   // that a task writes, about
+constexpr int64_t kStreamedBytes = 5 << 20;  // of outputs that go past the caches
+constexpr int64_t kSmallWork = 1 << 18;      // multiply-adds that waking a thread is not worth
 
 // Whether outputs are whole lines, and too many to be found in a cache by what reads them.
 template <typename scalar_t>
@@ -233,9 +233,9 @@ void run_in_place(Call<scalar_t> call, const TapTable& rows, const TapTable& col
   call.rows = row_offsets.data();
   call.columns = column_offsets.data();
   call.streams = streams_outputs<scalar_t>(p);
-  const int64_t input_bytes = p.N * p.C * p.H * p.W * int64_t(sizeof(scalar_t));
-  call.prefetches = input_bytes > kCachedBytes;
-  call.by_rows = input_bytes > kNearBytes;
+  const int64_t image_bytes = p.C * p.H * p.W * int64_t(sizeof(scalar_t));
+  call.prefetches = p.N * image_bytes > kCachedBytes;
+  call.by_rows = p.N * image_bytes > kNearBytes && image_bytes > kCachedBytes && p.stride[0] == 1;
   const ConvolveBand<scalar_t> convolve = choose<scalar_t>(p);
   const int64_t tasks = p.N * bands * blocks.count;
   parallel_for(tasks, tasks_together(p, tasks), [&](int64_t begin, int64_t end) {
