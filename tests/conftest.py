@@ -20,6 +20,9 @@ from pyvision_kernels._extension import cpu_capabilities, force_cpu_capability
 SEEDS = os.environ.get("PVK_SIMT_SEEDS", "0,3,1").split(",")
 
 
+pytest.register_assert_rewrite("tests.fused", "tests.convolutions")
+
+
 @pytest.hookimpl(trylast=True)  # so that backends vary first, and share the expected outputs
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`device`: each instruction set of this CPU, the CUDA kernels emulated, and the GPU where there is one."""
@@ -64,6 +67,15 @@ def _is_one_backend_more(item: pytest.Item) -> bool:
             return True
         return dtype in (torch.bfloat16, torch.float16, torch.float64)
     return kind == "cpu" and dtype in (torch.float16, torch.float64)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For maps too small for more: where a machine is busy, threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,7 @@ PVK_INLINE Vec<float> erf_of(Vec<float> x) {
   constexpr float kFar[] = {1.1286972f,    0.6349583f,     0.1065491f,   -0.0240255f,
                             0.0037646573f, -3.5233147e-4f, 1.4133771e-5f};
   const Vec<float> size = abs_of<float>(x);
-  const Vec<float> capped = size > 4.0f ? splat(4.0f) : size;
+  const Vec<float> capped = at_most(size, 4.0f);
   const Vec<float> near = fma(x, polynomial(kNear, x * x), x);
   const Vec<float> far = 1.0f - exp_of<float>(-capped * polynomial(kFar, capped));
   const Vec<float> signed_far = x < 0.0f ? -far : far;
@@ -41,16 +41,12 @@ PVK_INLINE Vec<double> erf_of(Vec<double> x) {
 
 template <Activation kActivation, typename T>
 PVK_INLINE Vec<T> activate(Vec<T> x) {
-  const Vec<T> zero{};
   if constexpr (kActivation == Activation::kRelu) {
-    return x < zero ? zero : x;
+    return at_least(x, T(0));
   } else if constexpr (kActivation == Activation::kRelu6) {
-    const Vec<T> low = x < zero ? zero : x;
-    return low > T(6) ? splat(T(6)) : low;
+    return at_most(at_least(x, T(0)), T(6));
   } else if constexpr (kActivation == Activation::kHardswish) {
-    const Vec<T> moved = x + T(3);
-    const Vec<T> low = moved < zero ? zero : moved;
-    return x * (low > T(6) ? splat(T(6)) : low) * T(1.0 / 6);
+    return x * at_most(at_least(x + T(3), T(0)), T(6)) * T(1.0 / 6);
   } else if constexpr (kActivation == Activation::kSilu) {
     return x * sigmoid_of<T>(x);
   } else if constexpr (kActivation == Activation::kGelu) {
@@ -101,20 +97,22 @@ PVK_INLINE Vec<T> finish(Vec<T> sum, Vec<T> scale, Vec<T> shift, Vec<T> residual
 
 // ---- the merged scale and shift of every channel ----
 
-// Element i of an array of dtype, which is not kFloat64 unless T is double.
+// values[i] = source[i] of `count` of dtype, which is not kFloat64 unless T is double.
 template <typename T>
-PVK_INLINE T element_of(const void* data, DType dtype, int64_t i) {
+PVK_INLINE void read_values(T* values, const void* source, DType dtype, int64_t count) {
+  const auto read = [&](const auto* typed) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < count; ++i) values[i] = T(to_float(typed[i]));
+  };
   switch (dtype) {
     case DType::kFloat32:
-      return T(static_cast<const float*>(data)[i]);
+      return read(static_cast<const float*>(source));
     case DType::kFloat64:
-      return T(static_cast<const double*>(data)[i]);
+      return read(static_cast<const double*>(source));
     case DType::kFloat16:
-      return T(to_float(static_cast<const Float16*>(data)[i]));
+      return read(static_cast<const Float16*>(source));
     case DType::kBFloat16:
-      return T(to_float(static_cast<const BFloat16*>(data)[i]));
+      return read(static_cast<const BFloat16*>(source));
   }
-  return T(0);
 }
 
 template <typename T>
@@ -124,13 +122,20 @@ class Epilogue {
   Epilogue(int64_t channels, const void* bias, DType bias_dtype, const void* scale, const void* shift,
            DType scale_dtype, Activation activation)
       : activation(activation), data_(2 * padded(channels)), pitch_(padded(channels)) {
-    for (int64_t c = 0; c < pitch_; ++c) {
-      const bool inside = c < channels;
-      const T factor = inside && scale != nullptr ? element_of<T>(scale, scale_dtype, c) : T(1);
-      T term = inside && bias != nullptr ? element_of<T>(bias, bias_dtype, c) * factor : T(0);
-      if (inside && shift != nullptr) term += element_of<T>(shift, scale_dtype, c);
-      data_[c] = factor;
-      data_[pitch_ + c] = term;
+    T* const factors = data_.data();
+    T* const terms = factors + pitch_;
+    for (int64_t c = 0; c < pitch_; ++c) factors[c] = T(1), terms[c] = T(0);
+    if (scale != nullptr) read_values(factors, scale, scale_dtype, channels);
+    if (bias != nullptr) {
+      read_values(terms, bias, bias_dtype, channels);
+      for (int64_t c = 0; c < channels; ++c) terms[c] *= factors[c];
+    }
+    if (shift != nullptr && bias == nullptr) {
+      read_values(terms, shift, scale_dtype, channels);
+    } else if (shift != nullptr) {
+      Buffer<T> added(channels);
+      read_values(added.data(), shift, scale_dtype, channels);
+      for (int64_t c = 0; c < channels; ++c) terms[c] += added[c];
     }
   }
 

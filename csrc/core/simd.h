@@ -87,6 +87,55 @@ PVK_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
+// The larger, the smaller of x and a limit; NaN stays.
+PVK_INLINE Vec<float> at_least(Vec<float> x, float low) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_max_ps(__mmask16(-1), splat(low), x);  // the plain one warns in g++ 12
+#elif defined(__AVX2__)
+  return _mm256_max_ps(splat(low), x);
+#elif defined(__x86_64__)
+  return _mm_max_ps(splat(low), x);
+#else
+  return x < low ? splat(low) : x;
+#endif
+}
+
+PVK_INLINE Vec<float> at_most(Vec<float> x, float high) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_min_ps(__mmask16(-1), splat(high), x);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(splat(high), x);
+#elif defined(__x86_64__)
+  return _mm_min_ps(splat(high), x);
+#else
+  return x > high ? splat(high) : x;
+#endif
+}
+
+PVK_INLINE Vec<double> at_least(Vec<double> x, double low) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_max_pd(__mmask8(-1), splat(low), x);
+#elif defined(__AVX2__)
+  return _mm256_max_pd(splat(low), x);
+#elif defined(__x86_64__)
+  return _mm_max_pd(splat(low), x);
+#else
+  return x < low ? splat(low) : x;
+#endif
+}
+
+PVK_INLINE Vec<double> at_most(Vec<double> x, double high) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_min_pd(__mmask8(-1), splat(high), x);
+#elif defined(__AVX2__)
+  return _mm256_min_pd(splat(high), x);
+#elif defined(__x86_64__)
+  return _mm_min_pd(splat(high), x);
+#else
+  return x > high ? splat(high) : x;
+#endif
+}
+
 // ---- scalar conversions ----
 
 PVK_INLINE float to_float(BFloat16 value) {

@@ -64,22 +64,32 @@ PVK_INLINE Vec<T> power_of_two(Mask<T> k) {
 
 template <typename T>
 PVK_INLINE Vec<T> abs_of(Vec<T> x) {
-  return x < T(0) ? -x : x + T(0);  // -0 + 0 is 0
+  return (Vec<T>)((Mask<T>)x & ~(Mask<T>)splat(T(-0.0)));
+}
+
+// x * 2^(shifted - kRounder), in exp_of's range; subnormal results are rounded once, and 2^128 is infinity.
+template <typename T>
+PVK_INLINE Vec<T> times_power_of_two(Vec<T> x, Vec<T> shifted) {
+  using C = MathConstants<T>;
+#if defined(__AVX512F__)
+  const Vec<T> whole = shifted - C::kRounder;
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_maskz_scalef_ps(__mmask16(-1), (__m512)x, (__m512)whole);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_maskz_scalef_pd(__mmask8(-1), (__m512d)x, (__m512d)whole);
+#endif
+  const Mask<T> k = (Mask<T>)shifted - (Mask<T>)splat(C::kRounder), half = k >> 1;
+  return x * power_of_two<T>(half) * power_of_two<T>(k - half);
 }
 
 template <typename T>
 PVK_INLINE Vec<T> exp_of(Vec<T> x) {
   using C = MathConstants<T>;
-  x = x < C::kExpLow ? splat(C::kExpLow) : x > C::kExpHigh ? splat(C::kExpHigh) : x;  // NaN stays
+  x = at_most(at_least(x, C::kExpLow), C::kExpHigh);
   const Vec<T> shifted = x * T(1.4426950408889634) + C::kRounder;
   const Vec<T> whole = shifted - C::kRounder;
-  const Mask<T> k = (Mask<T>)shifted - (Mask<T>)splat(C::kRounder);
   Vec<T> r = fma(whole, splat(-C::kLn2High), x);
   r = fma(whole, splat(-C::kLn2Low), r);
   const Vec<T> power = fma(r * r, polynomial(C::kExp, r), r) + T(1);
-  // In two steps, so that subnormal results are rounded once, and 2^128 is infinity.
-  const Mask<T> half = k >> 1;
-  return power * power_of_two<T>(half) * power_of_two<T>(k - half);
+  return times_power_of_two<T>(power, shifted);
 }
 
 // log(2^k (1 + f)) for 1 + f in [sqrt(1/2), sqrt(2)), about.

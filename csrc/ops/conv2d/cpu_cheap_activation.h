@@ -28,11 +28,11 @@ struct CheapActivation {
     } else {
       if (has_low) {
 #pragma GCC unroll 8
-        for (int i = 0; i < kCount; ++i) x[i] = x[i] < T(0) ? Vec<T>{} : x[i];  // NaN stays
+        for (int i = 0; i < kCount; ++i) x[i] = at_least(x[i], T(0));
       }
       if (has_high) {
 #pragma GCC unroll 8
-        for (int i = 0; i < kCount; ++i) x[i] = x[i] > T(6) ? splat(T(6)) : x[i];
+        for (int i = 0; i < kCount; ++i) x[i] = at_most(x[i], T(6));
       }
     }
   }

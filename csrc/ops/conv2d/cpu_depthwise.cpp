@@ -15,11 +15,13 @@
 namespace pvk::conv2d::PVK_ISA {
 namespace {
 
-constexpr int64_t kBlockBytes = 20 << 10;     // of the input rows that a column of tiles keeps in the first-level cache
-constexpr int64_t kTurnedBytes = 256 << 10;   // of the input that a task turns into scratch
-constexpr int64_t kBandOutputs = 64 << 10;    // that a task writes, about
-constexpr int64_t kStreamedBytes = 12 << 20;  // of outputs that go past the caches
-constexpr int64_t kSmallWork = 1 << 18;       // multiply-adds that waking a thread is not worth
+constexpr int64_t kBlockBytes = 20 << 10;    // of the input rows that a column of tiles keeps in the first-level cache
+constexpr int64_t kCachedBytes = 640 << 10;  // of a map that the second-level cache has from who wrote it
+constexpr int64_t kNearBytes = 4 << 20;      // of a map that is not read from memory
+constexpr int64_t kTurnedBytes = 256 << 10;  // of the input that a task turns into scratch
+constexpr int64_t kBandOutputs = 64 << 10;   // that a task writes, about
+constexpr int64_t kStreamedBytes = 5 << 20;  // of outputs that go past the caches
+constexpr int64_t kSmallWork = 1 << 18;      // multiply-adds that waking a thread is not worth
 
 // Whether outputs are whole lines, and too many to be found in a cache by what reads them.
 template <typename scalar_t>
@@ -70,7 +72,7 @@ struct Call {
   const Epilogue<T>& epilogue;
   const CheapActivation<T>& activation;
   int64_t M;
-  bool streams;
+  bool streams, prefetches, by_rows;
 };
 
 // A band of output rows of a block of channels, both channels_last.
@@ -108,51 +110,61 @@ void convolve_band(const Call<scalar_t>& call, const Band<scalar_t>& band, Buffe
   out.sums_pitch = pitch;
   out.M = call.M;
   out.streams = call.streams;
-  for (int64_t ow = 0; ow < OW; ow += kColumns) {
+  // By columns of tiles the input rows of a tile stay in the first-level cache. By rows memory is read in order.
+  const bool by_rows = call.by_rows && !p.pool;
+  int64_t oh = band.first, ow = 0;
+  const auto advance = [&]() __attribute__((always_inline)) {
+    if (by_rows) {
+      ow += kColumns;
+      if (ow >= OW) ow = 0, ++oh;
+    } else if (++oh == band.last) {
+      oh = band.first;
+      ow += kColumns;
+    }
+  };
+  for (; oh < band.last && ow < OW; advance()) {
     tile.columns = call.columns + ow * p.stride[1];
     out.count = int(min_of(int64_t(kColumns), OW - ow));
-    for (int64_t oh = band.first; oh < band.last; ++oh) {
-      tile.rows = call.rows + oh * p.stride[0];
-      tile.weight = call.weight + band.c;
-      if (oh + 1 < band.last) {
-        tile.ahead = tile.rows + (p.R - 1) * p.dilation[0] + 1;
-        tile.ahead_columns = tile.columns;
-        tile.ahead_count = p.stride[0];
-        tile.ahead_step = 1;
-      } else {
-        tile.ahead = call.rows + band.first * p.stride[0];
-        tile.ahead_columns = tile.columns + kColumns * p.stride[1];
-        tile.ahead_count = ow + kColumns < OW ? p.R : 0;
-        tile.ahead_step = p.dilation[0];
-      }
-      scalar_t* const target = band.output + oh * band.output_row + ow * band.output_pixel;
-      if (direct) {
-        out.output = target;
-        convolve_tile<S, kStride>(tile, band.channels, out, call.activation);
-        continue;
-      }
-      for (int64_t m = 0; m < call.M; ++m, tile.weight += p.R * p.S * call.pitch) {
-        out.sums = sums.data() + m;
-        convolve_tile<S, kStride>(tile, band.channels, out, call.activation);
-      }
-      FinishRows<scalar_t> to{};
-      to.sums = sums.data();
-      to.sums_pitch = pitch;
-      to.output = p.pool ? finished.data() + oh % 2 * kColumns * pitch : target;
-      to.output_pitch = p.pool ? pitch : band.output_pixel;
-      if (band.residual != nullptr) {
-        to.residual = band.residual + oh * p.residual_stride[2] + ow * p.residual_stride[3];
-        to.residual_pitch = p.residual_stride[3];
-        to.residual_channel_stride = p.residual_stride[1];
-      }
-      to.rows = out.count;
-      to.first = band.c * call.M;
-      to.channels = outputs;
-      finish_rows(call.epilogue, to);
-      if (p.pool && oh % 2 == 1)
-        pool_tile(finished.data(), kColumns * pitch, pitch, out.count, outputs,
-                  band.output + oh / 2 * band.output_row + ow / 2 * band.output_pixel, band.output_pixel);
+    tile.rows = call.rows + oh * p.stride[0];
+    tile.weight = call.weight + band.c;
+    tile.ahead = tile.rows + (p.R - 1) * p.dilation[0] + 1;
+    tile.ahead_columns = tile.columns;
+    tile.ahead_count = oh + 1 < band.last ? p.stride[0] : 0;
+    tile.ahead_step = 1;
+    if (!by_rows && oh + 1 == band.last && ow + kColumns < OW) {
+      tile.ahead = call.rows + band.first * p.stride[0];
+      tile.ahead_columns += kColumns * p.stride[1];
+      tile.ahead_count = p.R;
+      tile.ahead_step = p.dilation[0];
     }
+    if (!call.prefetches) tile.ahead_count = 0;
+    scalar_t* const target = band.output + oh * band.output_row + ow * band.output_pixel;
+    if (direct) {
+      out.output = target;
+      convolve_tile<S, kStride>(tile, band.channels, out, call.activation);
+      continue;
+    }
+    for (int64_t m = 0; m < call.M; ++m, tile.weight += p.R * p.S * call.pitch) {
+      out.sums = sums.data() + m;
+      convolve_tile<S, kStride>(tile, band.channels, out, call.activation);
+    }
+    FinishRows<scalar_t> to{};
+    to.sums = sums.data();
+    to.sums_pitch = pitch;
+    to.output = p.pool ? finished.data() + oh % 2 * kColumns * pitch : target;
+    to.output_pitch = p.pool ? pitch : band.output_pixel;
+    if (band.residual != nullptr) {
+      to.residual = band.residual + oh * p.residual_stride[2] + ow * p.residual_stride[3];
+      to.residual_pitch = p.residual_stride[3];
+      to.residual_channel_stride = p.residual_stride[1];
+    }
+    to.rows = out.count;
+    to.first = band.c * call.M;
+    to.channels = outputs;
+    finish_rows(call.epilogue, to);
+    if (p.pool && oh % 2 == 1)
+      pool_tile(finished.data(), kColumns * pitch, pitch, out.count, outputs,
+                band.output + oh / 2 * band.output_row + ow / 2 * band.output_pixel, band.output_pixel);
   }
 }
 
@@ -221,6 +233,9 @@ void run_in_place(Call<scalar_t> call, const TapTable& rows, const TapTable& col
   call.rows = row_offsets.data();
   call.columns = column_offsets.data();
   call.streams = streams_outputs<scalar_t>(p);
+  const int64_t image_bytes = p.C * p.H * p.W * int64_t(sizeof(scalar_t));
+  call.prefetches = p.N * image_bytes > kCachedBytes;
+  call.by_rows = p.N * image_bytes > kNearBytes && image_bytes > kCachedBytes && p.stride[0] == 1;
   const ConvolveBand<scalar_t> convolve = choose<scalar_t>(p);
   const int64_t tasks = p.N * bands * blocks.count;
   parallel_for(tasks, tasks_together(p, tasks), [&](int64_t begin, int64_t end) {
@@ -383,7 +398,7 @@ void forward_typed(const Conv2dParams& p) {
   const Epilogue<T> epilogue(p.K, p.bias, p.bias_dtype, p.scale, p.shift, p.scale_dtype, p.activation);
   const CheapActivation<T> activation(p.activation);
   const TapTable rows(p, 0, p.stride[0]), columns(p, 1, kColumns * p.stride[1]);
-  const Call<scalar_t> call{p, weight, pitch, nullptr, nullptr, epilogue, activation, M, false};
+  const Call<scalar_t> call{p, weight, pitch, nullptr, nullptr, epilogue, activation, M, false, false, false};
   if constexpr (sizeof(scalar_t) == sizeof(T)) {
     if (p.input_stride[1] == 1 && p.output_stride[1] == 1) return run_in_place(call, rows, columns);
   }

@@ -11,25 +11,13 @@
 #include "core/parallel.h"
 #include "core/simd.h"
 #include "core/transpose.h"
-#include "ops/conv2d/cpu_cheap_activation.h"
+#include "ops/conv2d/cpu_few_channels_tile.h"
 #include "ops/conv2d/cpu_kernels.h"
 #include "ops/conv2d/cpu_tap_table.h"
 
 namespace pvk::conv2d::PVK_ISA {
 namespace {
 
-// Widest panel in registers, and pixels of a tile for each width: sums, a row of weights and an input fit the
-// registers.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kVectors = 4;
-constexpr int kPixels[] = {0, 8, 8, 8, 6};
-#elif defined(__AVX2__)
-constexpr int kVectors = 2;
-constexpr int kPixels[] = {0, 6, 6};
-#else
-constexpr int kVectors = 2;
-constexpr int kPixels[] = {0, 4, 4};
-#endif
 constexpr int64_t kChunk = 96;  // pixels that are finished at a time: a multiple of all of those, and of pooling's 4
 constexpr int64_t kSpare = 8;   // that a tile may take beyond
 constexpr int64_t kBandBytes = 192 << 10;
@@ -51,93 +39,6 @@ struct Panels {
 struct BandLayout {
   int64_t rows, row_pitch, column_step, channel_step;
 };
-
-// What a tile computes: sum over taps of pixel[offset of the tap] * panel[tap], of each pixel. It goes finished to
-// `outputs`, else to sums[pixel][panel]: finished where there is a scale, or as it is.
-template <typename scalar_t>
-struct Tiles {
-  using T = opmath_t<scalar_t>;
-  const T* const* pixels;
-  scalar_t* const* outputs;  // or null
-  T* sums;
-  const int64_t* offsets;
-  int64_t taps;
-  const T* panel;
-  const T *scale, *shift;  // or null
-  const CheapActivation<T>* activation;
-  int64_t last_lanes;  // of the panel's last register, that outputs have
-};
-
-template <int kWide, typename scalar_t, typename T>
-void convolve_tile(const Tiles<scalar_t>& tiles, int64_t first) {
-  constexpr int kCount = kPixels[kWide], kWidth = kWide * kLanes<T>;
-  Vec<T> total[kWide][kCount];
-  const T* pixel[kCount];
-#pragma GCC unroll 16
-  for (int i = 0; i < kCount; ++i) {
-    pixel[i] = tiles.pixels[first + i];
-#pragma GCC unroll 4
-    for (int v = 0; v < kWide; ++v) total[v][i] = Vec<T>{};
-  }
-  const T* panel = tiles.panel;
-  for (int64_t t = 0; t < tiles.taps; ++t, panel += kWidth) {
-    const int64_t offset = tiles.offsets[t];
-    Vec<T> weight[kWide];
-#pragma GCC unroll 4
-    for (int v = 0; v < kWide; ++v) weight[v] = load(panel + v * kLanes<T>);
-#pragma GCC unroll 16
-    for (int i = 0; i < kCount; ++i) {
-      const Vec<T> x = splat(pixel[i][offset]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kWide; ++v) total[v][i] = fma(x, weight[v], total[v][i]);
-    }
-  }
-  if (tiles.scale != nullptr) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kWide; ++v) {
-      const Vec<T> scale = load(tiles.scale + v * kLanes<T>), shift = load(tiles.shift + v * kLanes<T>);
-#pragma GCC unroll 16
-      for (int i = 0; i < kCount; ++i) total[v][i] = fma(total[v][i], scale, shift);
-      tiles.activation->apply(total[v]);
-    }
-  }
-  if (tiles.outputs == nullptr) {
-    T* const sums = tiles.sums + first * kWidth;
-#pragma GCC unroll 16
-    for (int i = 0; i < kCount; ++i)
-#pragma GCC unroll 4
-      for (int v = 0; v < kWide; ++v) store(sums + i * kWidth + v * kLanes<T>, total[v][i]);
-    return;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kCount; ++i) {
-    scalar_t* const output = tiles.outputs[first + i];
-#pragma GCC unroll 4
-    for (int v = 0; v < kWide - 1; ++v) store(output + v * kLanes<T>, total[v][i]);
-    scalar_t* const last = output + (kWide - 1) * kLanes<T>;
-    if (tiles.last_lanes == kLanes<T>) {
-      store(last, total[kWide - 1][i]);
-    } else {
-      store_first(last, total[kWide - 1][i], tiles.last_lanes);
-    }
-  }
-}
-
-// Of `count` pixels, and of those that fill up the last tile.
-template <int kWide, typename scalar_t>
-void convolve_chunk(const Tiles<scalar_t>& tiles, int64_t count) {
-  for (int64_t i = 0; i < count; i += kPixels[kWide]) convolve_tile<kWide, scalar_t, opmath_t<scalar_t>>(tiles, i);
-}
-
-template <typename scalar_t>
-void convolve_chunk_of(int64_t wide, const Tiles<scalar_t>& tiles, int64_t count) {
-  if (wide == 1) return convolve_chunk<1>(tiles, count);
-  if (wide == 2 || kVectors == 2) return convolve_chunk<2>(tiles, count);
-  if constexpr (kVectors > 2) {
-    if (wide == 3) return convolve_chunk<3>(tiles, count);
-    return convolve_chunk<4>(tiles, count);
-  }
-}
 
 // A row of the input, padded, to the band.
 template <typename scalar_t, typename T>
@@ -265,7 +166,7 @@ class FewChannels {
   void run_panel(int64_t n, int64_t first, int64_t last, int64_t panel, Scratch& scratch) {
     const int64_t width = panels_.width(panel), k = panels_.first(panel), channels = min_of(width, p_.K - k);
     const bool is_finished = activation_.is_cheap && p_.residual == nullptr && !skips_zeros_;
-    const bool is_straight = is_finished && p_.output_stride[1] == 1 && !p_.pool;
+    const bool goes_straight = p_.output_stride[1] == 1 && !p_.pool, is_straight = is_finished && goes_straight;
     scratch.sums.reserve((kChunk + kSpare) * width);
     scratch.finished.reserve(kChunk * width);
     Tiles<scalar_t> tiles{};
@@ -293,11 +194,10 @@ class FewChannels {
       } else {
         for (int64_t i = 0; i < count;) {
           const int64_t run = min_of(count - i, OW_ - x);
-          const T* pixel = pixel_at(scratch, y, x);
-          scalar_t* target = output + (first + y) * p_.output_stride[2] + x * p_.output_stride[3];
-          for (int64_t j = 0; j < run; ++j) {
-            scratch.pixels[i + j] = pixel + j * p_.stride[1] * layout_.column_step;
-            scratch.outputs[i + j] = target + j * p_.output_stride[3];
+          set_run(scratch.pixels + i, pixel_at(scratch, y, x), p_.stride[1] * layout_.column_step, run);
+          if (is_straight) {
+            scalar_t* const target = output + (first + y) * p_.output_stride[2] + x * p_.output_stride[3];
+            set_run(scratch.outputs + i, target, p_.output_stride[3], run);
           }
           if (!is_finished)
             for (int64_t j = 0; j < run; ++j) scratch.places[i + j] = (first + y) * p_.OW + x + j;
@@ -315,6 +215,8 @@ class FewChannels {
       if (skips_zeros_) sum_without_zeros(scratch, count, tiles.panel, width);
       if (is_finished) {
         store_turned(output, first_y, first_x, channels, count, width, scratch.sums.data());
+      } else if (goes_straight) {
+        finish_straight(n, k, channels, count, width, scratch, output);
       } else {
         finish(n, k, channels, count, width, scratch);
         store_turned(output, first_y, first_x, channels, count, width, scratch.finished.data());
@@ -324,6 +226,11 @@ class FewChannels {
 
   const T* pixel_at(Scratch& scratch, int64_t y, int64_t x) const {
     return scratch.band.data() + y * p_.stride[0] * layout_.row_pitch + x * p_.stride[1] * layout_.column_step;
+  }
+
+  template <typename Pointer>
+  PVK_INLINE static void set_run(Pointer* pointers, Pointer first, int64_t step, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) pointers[j] = first + j * step;
   }
 
   void set_pixel(Scratch& scratch, int64_t i, int64_t first, int64_t y, int64_t x) const {
@@ -370,16 +277,37 @@ class FewChannels {
     }
   }
 
+  // To an output with stride 1 along the channels.
+  void finish_straight(int64_t n, int64_t k, int64_t channels, int64_t count, int64_t width, Scratch& scratch,
+                       scalar_t* output) {
+    FinishRows<scalar_t> rows{};
+    rows.sums_pitch = width;
+    rows.output_pitch = p_.output_stride[3];
+    rows.residual_pitch = p_.residual_stride[3];
+    rows.residual_channel_stride = p_.residual_stride[1];
+    rows.first = k;
+    rows.channels = channels;
+    for_runs(scratch, count, [&](int64_t i, int64_t run, int64_t oh, int64_t ow) {
+      rows.sums = scratch.sums.data() + i * width;
+      rows.output = output + oh * p_.output_stride[2] + ow * p_.output_stride[3];
+      if (p_.residual != nullptr) rows.residual = residual_at(n, k, oh, ow);
+      rows.rows = run;
+      finish_rows(epilogue_, rows);
+    });
+  }
+
+  const scalar_t* residual_at(int64_t n, int64_t k, int64_t oh, int64_t ow) const {
+    const int64_t* const stride = p_.residual_stride;
+    return static_cast<const scalar_t*>(p_.residual) + n * stride[0] + k * stride[1] + oh * stride[2] + ow * stride[3];
+  }
+
   void finish(int64_t n, int64_t k, int64_t channels, int64_t count, int64_t width, Scratch& scratch) {
     FinishRows<T> rows{};
     if (p_.residual != nullptr) {
       scratch.residual.reserve(kChunk * width);
       for_runs(scratch, count, [&](int64_t i, int64_t run, int64_t oh, int64_t ow) {
-        const scalar_t* const residual = static_cast<const scalar_t*>(p_.residual) + n * p_.residual_stride[0] +
-                                         k * p_.residual_stride[1] + oh * p_.residual_stride[2] +
-                                         ow * p_.residual_stride[3];
-        load_tile(scratch.residual.data() + i * width, width, residual, p_.residual_stride[1], p_.residual_stride[3],
-                  channels, run);
+        load_tile(scratch.residual.data() + i * width, width, residual_at(n, k, oh, ow), p_.residual_stride[1],
+                  p_.residual_stride[3], channels, run);
       });
       rows.residual = scratch.residual.data();
       rows.residual_pitch = width;
