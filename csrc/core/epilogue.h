@@ -43,14 +43,11 @@ template <Activation kActivation, typename T>
 PVK_INLINE Vec<T> activate(Vec<T> x) {
   const Vec<T> zero{};
   if constexpr (kActivation == Activation::kRelu) {
-    return x < zero ? zero : x;
+    return at_least(x, zero);
   } else if constexpr (kActivation == Activation::kRelu6) {
-    const Vec<T> low = x < zero ? zero : x;
-    return low > T(6) ? splat(T(6)) : low;
+    return at_most(at_least(x, zero), splat(T(6)));
   } else if constexpr (kActivation == Activation::kHardswish) {
-    const Vec<T> moved = x + T(3);
-    const Vec<T> low = moved < zero ? zero : moved;
-    return x * (low > T(6) ? splat(T(6)) : low) * T(1.0 / 6);
+    return x * at_most(at_least(x + T(3), zero), splat(T(6))) * T(1.0 / 6);
   } else if constexpr (kActivation == Activation::kSilu) {
     return x * sigmoid_of<T>(x);
   } else if constexpr (kActivation == Activation::kGelu) {
@@ -101,20 +98,22 @@ PVK_INLINE Vec<T> finish(Vec<T> sum, Vec<T> scale, Vec<T> shift, Vec<T> residual
 
 // ---- the merged scale and shift of every channel ----
 
-// Element i of an array of dtype, which is not kFloat64 unless T is double.
-template <typename T>
-PVK_INLINE T element_of(const void* data, DType dtype, int64_t i) {
+// body(i, element i) of an array of dtype, which is not kFloat64 unless T is double.
+template <typename T, typename Body>
+PVK_INLINE void for_each_element(const void* data, DType dtype, int64_t count, const Body& body) {
+  const auto each = [&](const auto* source) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < count; ++i) body(i, T(to_float(source[i])));
+  };
   switch (dtype) {
     case DType::kFloat32:
-      return T(static_cast<const float*>(data)[i]);
+      return each(static_cast<const float*>(data));
     case DType::kFloat64:
-      return T(static_cast<const double*>(data)[i]);
+      return each(static_cast<const double*>(data));
     case DType::kFloat16:
-      return T(to_float(static_cast<const Float16*>(data)[i]));
+      return each(static_cast<const Float16*>(data));
     case DType::kBFloat16:
-      return T(to_float(static_cast<const BFloat16*>(data)[i]));
+      return each(static_cast<const BFloat16*>(data));
   }
-  return T(0);
 }
 
 template <typename T>
@@ -124,14 +123,16 @@ class Epilogue {
   Epilogue(int64_t channels, const void* bias, DType bias_dtype, const void* scale, const void* shift,
            DType scale_dtype, Activation activation)
       : activation(activation), data_(2 * padded(channels)), pitch_(padded(channels)) {
+    T* const factor = data_.data();
+    T* const term = factor + pitch_;
     for (int64_t c = 0; c < pitch_; ++c) {
-      const bool inside = c < channels;
-      const T factor = inside && scale != nullptr ? element_of<T>(scale, scale_dtype, c) : T(1);
-      T term = inside && bias != nullptr ? element_of<T>(bias, bias_dtype, c) * factor : T(0);
-      if (inside && shift != nullptr) term += element_of<T>(shift, scale_dtype, c);
-      data_[c] = factor;
-      data_[pitch_ + c] = term;
+      factor[c] = T(1);
+      term[c] = T(0);
     }
+    if (scale != nullptr) for_each_element<T>(scale, scale_dtype, channels, [&](int64_t c, T x) { factor[c] = x; });
+    if (bias != nullptr)
+      for_each_element<T>(bias, bias_dtype, channels, [&](int64_t c, T x) { term[c] = x * factor[c]; });
+    if (shift != nullptr) for_each_element<T>(shift, scale_dtype, channels, [&](int64_t c, T x) { term[c] += x; });
   }
 
   // [channels], and kLanes<T> * 4 more that may be read.
@@ -146,15 +147,6 @@ class Epilogue {
   Buffer<T> data_;
   const int64_t pitch_;
 };
-
-// Whether an activation is a clamp, which a tile applies in registers, and its limits.
-template <typename T>
-PVK_INLINE bool clamps(Activation activation, T& low, T& high) {
-  const T infinity = T(__builtin_inf());
-  low = activation == Activation::kNone ? -infinity : T(0);
-  high = activation == Activation::kRelu6 ? T(6) : infinity;
-  return activation == Activation::kNone || activation == Activation::kRelu || activation == Activation::kRelu6;
-}
 
 // Rows of sums to rows of output: rows x channels, beginning at channel `first` of the epilogue.
 template <typename scalar_t>

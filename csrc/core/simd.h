@@ -87,6 +87,35 @@ PVK_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
+// The larger (or the smaller) of x and a limit; NaN stays NaN.
+PVK_INLINE Vec<float> at_least(Vec<float> x, Vec<float> low) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_max_ps(__mmask16(-1), low, x);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(low, x);
+#else
+  return x < low ? low : x;
+#endif
+}
+
+PVK_INLINE Vec<float> at_most(Vec<float> x, Vec<float> high) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_min_ps(__mmask16(-1), high, x);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(high, x);
+#else
+  return x > high ? high : x;
+#endif
+}
+
+PVK_INLINE Vec<double> at_least(Vec<double> x, Vec<double> low) {
+  return x < low ? low : x;
+}
+
+PVK_INLINE Vec<double> at_most(Vec<double> x, Vec<double> high) {
+  return x > high ? high : x;
+}
+
 // ---- scalar conversions ----
 
 PVK_INLINE float to_float(BFloat16 value) {
