@@ -97,21 +97,21 @@ PVK_INLINE Vec<T> finish(Vec<T> sum, Vec<T> scale, Vec<T> shift, Vec<T> residual
 
 // ---- the merged scale and shift of every channel ----
 
-// values[i] = source[i] of `count` of dtype, which is not kFloat64 unless T is double.
-template <typename T>
-PVK_INLINE void read_values(T* values, const void* source, DType dtype, int64_t count) {
-  const auto read = [&](const auto* typed) __attribute__((always_inline)) {
-    for (int64_t i = 0; i < count; ++i) values[i] = T(to_float(typed[i]));
+// body(i, element i) of an array of dtype, which is not kFloat64 unless T is double.
+template <typename T, typename Body>
+PVK_INLINE void for_each_element(const void* data, DType dtype, int64_t count, const Body& body) {
+  const auto each = [&](const auto* source) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < count; ++i) body(i, T(to_float(source[i])));
   };
   switch (dtype) {
     case DType::kFloat32:
-      return read(static_cast<const float*>(source));
+      return each(static_cast<const float*>(data));
     case DType::kFloat64:
-      return read(static_cast<const double*>(source));
+      return each(static_cast<const double*>(data));
     case DType::kFloat16:
-      return read(static_cast<const Float16*>(source));
+      return each(static_cast<const Float16*>(data));
     case DType::kBFloat16:
-      return read(static_cast<const BFloat16*>(source));
+      return each(static_cast<const BFloat16*>(data));
   }
 }
 
@@ -122,21 +122,16 @@ class Epilogue {
   Epilogue(int64_t channels, const void* bias, DType bias_dtype, const void* scale, const void* shift,
            DType scale_dtype, Activation activation)
       : activation(activation), data_(2 * padded(channels)), pitch_(padded(channels)) {
-    T* const factors = data_.data();
-    T* const terms = factors + pitch_;
-    for (int64_t c = 0; c < pitch_; ++c) factors[c] = T(1), terms[c] = T(0);
-    if (scale != nullptr) read_values(factors, scale, scale_dtype, channels);
-    if (bias != nullptr) {
-      read_values(terms, bias, bias_dtype, channels);
-      for (int64_t c = 0; c < channels; ++c) terms[c] *= factors[c];
+    T* const factor = data_.data();
+    T* const term = factor + pitch_;
+    for (int64_t c = 0; c < pitch_; ++c) {
+      factor[c] = T(1);
+      term[c] = T(0);
     }
-    if (shift != nullptr && bias == nullptr) {
-      read_values(terms, shift, scale_dtype, channels);
-    } else if (shift != nullptr) {
-      Buffer<T> added(channels);
-      read_values(added.data(), shift, scale_dtype, channels);
-      for (int64_t c = 0; c < channels; ++c) terms[c] += added[c];
-    }
+    if (scale != nullptr) for_each_element<T>(scale, scale_dtype, channels, [&](int64_t c, T x) { factor[c] = x; });
+    if (bias != nullptr)
+      for_each_element<T>(bias, bias_dtype, channels, [&](int64_t c, T x) { term[c] = x * factor[c]; });
+    if (shift != nullptr) for_each_element<T>(shift, scale_dtype, channels, [&](int64_t c, T x) { term[c] += x; });
   }
 
   // [channels], and kLanes<T> * 4 more that may be read.
@@ -151,15 +146,6 @@ class Epilogue {
   Buffer<T> data_;
   const int64_t pitch_;
 };
-
-// Whether an activation is a clamp, which a tile applies in registers, and its limits.
-template <typename T>
-PVK_INLINE bool clamps(Activation activation, T& low, T& high) {
-  const T infinity = T(__builtin_inf());
-  low = activation == Activation::kNone ? -infinity : T(0);
-  high = activation == Activation::kRelu6 ? T(6) : infinity;
-  return activation == Activation::kNone || activation == Activation::kRelu || activation == Activation::kRelu6;
-}
 
 // Rows of sums to rows of output: rows x channels, beginning at channel `first` of the epilogue.
 template <typename scalar_t>

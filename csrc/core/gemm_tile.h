@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "core/epilogue.h"
 #include "core/math.h"
 #include "core/simd.h"
 #include "core/simd_partial.h"
@@ -27,15 +28,19 @@ inline constexpr int kTileRows[] = {0, 6, 4};
 #endif
 inline constexpr int kMaxTileRows = 12;
 
+// Steps of k from one handful of prefetches to the next: about a hundred cycles.
+inline constexpr int kAheadSteps = kRegisterBytes == 64 ? 4 : 16;
+
 template <typename T>
 inline constexpr int kPanelWidth = kTileVectors * kLanes<T>;
 
-// What may follow the sums in registers: min(max(sum * scale + shift + residual, low), high), stored. NaN stays NaN.
+// What may follow the sums in registers: sum * scale + shift + residual, then max(x, 0) for has_low, min(x, 6) for
+// has_high, or hardswish(x); stored. NaN stays NaN.
 template <typename T, typename Out = T>
 struct TileFinish {
   const T* scale;  // [width], as shift
   const T* shift;
-  T low, high;
+  bool has_low, has_high, hardswish;
   Out* output;  // [rows][output_pitch]
   int64_t output_pitch;
   const Out* residual;  // [rows][residual_pitch], or null
@@ -82,7 +87,8 @@ struct Tile {
   template <typename Out>
   PVK_INLINE void finish(const TileFinish<T, Out>& f, int64_t row) {
     const int64_t last = f.channels - (kVectors - 1) * kLanes<T>;
-    Out* const output = f.output + row * f.output_pitch;
+    const int64_t pitch = f.output_pitch;
+    Out* const output = f.output + row * pitch;
     if (f.residual != nullptr) {
       const Out* const residual = f.residual + row * f.residual_pitch;
 #pragma GCC unroll 4
@@ -103,14 +109,30 @@ struct Tile {
         for (int i = 0; i < kRows; ++i) sum[i][v] = fma(sum[i][v], scale, shift);
       }
     }
-    const Vec<T> low = splat(f.low), high = splat(f.high);
+    if (f.hardswish) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[i][v] = activate<Activation::kHardswish, T>(sum[i][v]);
+    }
+    if (f.has_low) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[i][v] = at_least(sum[i][v], T(0));
+    }
+    if (f.has_high) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[i][v] = at_most(sum[i][v], T(6));
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        Vec<T> value = sum[i][v] < low ? low : sum[i][v];
-        value = value > high ? high : value;
-        Out* const to = output + i * f.output_pitch + v * kLanes<T>;
+        const Vec<T> value = sum[i][v];
+        Out* const to = output + i * pitch + v * kLanes<T>;
         if (v == kVectors - 1 && last < kLanes<T>) {
           store_first(to, value, last);
         } else {
@@ -120,13 +142,15 @@ struct Tile {
   }
 
   // sum[i] += the sum over k in [0, depth) of rows[i][first + k] * panel[k].
-  PVK_INLINE void multiply(const T* const* rows, const T* panel, int64_t depth, int64_t first = 0) {
+  template <typename Ahead>
+  PVK_INLINE void multiply(const T* const* rows, const T* panel, int64_t depth, int64_t first, Ahead& ahead) {
     constexpr int kWidth = kVectors * kLanes<T>;
     const T* row[kRows];
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) row[i] = rows[i] + first;
     int64_t k = 0;
     for (; k + 4 <= depth; k += 4, panel += 4 * kWidth) {
+      if (ahead.active && k % kAheadSteps == 0) ahead.fetch();
 #pragma GCC unroll 4
       for (int step = 0; step < 4; ++step) this->step(row, k + step, panel + step * kWidth);
     }
@@ -196,33 +220,110 @@ PVK_INLINE bool all_are(const In* const* rows, const In* row) {
   return all;
 }
 
-// Rows of the tile after the one in work.
-template <typename T, typename In, typename Out>
-PVK_INLINE void prefetch_next(const GemmBlock<T, In, Out>& b, int64_t begin, int64_t count) {
-  if (!b.prefetch_rows) return;
-  constexpr int kLine = 64 / int(sizeof(In));
-  for (int64_t i = begin; i < begin + count && i < b.count; ++i)
-    for (int64_t k = 0; k < b.depth; k += kLine) __builtin_prefetch(b.rows[i] + b.first + k);
-}
+// The panel after the one in work, which follows it in memory: each tile fetches its share, every kAheadSteps.
+struct PanelAhead {
+  static constexpr int64_t kLine = 64, kWorthwhile = 16 << 10;
+  const char* next;
+  const char* end;
+  int64_t lines;  // at once
+
+  template <typename T>
+  PVK_INLINE PanelAhead(const GemmBlock<T>& b, int width, int64_t tiles) {
+    const int64_t bytes = b.taps * b.depth * width * int64_t(sizeof(T));
+    next = reinterpret_cast<const char*>(b.panel) + bytes;
+    end = bytes < kWorthwhile ? next : next + bytes;
+    lines = ceil_div<int64_t>(kAheadSteps * width * int64_t(sizeof(T)), kLine * tiles);
+  }
+
+  PVK_INLINE void fetch() {
+    for (int64_t i = 0; i < lines && next < end; ++i, next += kLine) __builtin_prefetch(next, 0, 2);
+  }
+};
+
+// What a tile brings into the cache while it multiplies, a few lines every kAheadSteps, because many misses at once
+// hold up the loads of the products: the lines that its finish touches, the rows of the next tile, and weights.
+template <typename T, int kRows, int kVectors>
+struct TileAhead {
+  static constexpr int kLine = 64, kWidth = kVectors * kLanes<T> * int(sizeof(T));
+  static constexpr bool kAtOnce = kRegisterBytes < 64;
+  PanelAhead& panel;
+  bool active;
+  const char* output = nullptr;
+  const char* residual = nullptr;
+  bool has_residual = false;
+  int64_t output_pitch = 0, residual_pitch = 0;
+  int outputs_left = 0;
+  const T* const* row = nullptr;
+  int64_t rows_left = 0, first, depth;
+
+  // all: at once, where steps are too few. The tiles of narrow registers are small enough for that anyway.
+  PVK_INLINE TileAhead(const GemmBlock<T>& b, int64_t begin, PanelAhead& panel, bool all)
+      : panel(panel), active((!kAtOnce && !all) || panel.next < panel.end), first(b.first), depth(b.depth) {
+    if (b.prefetch_rows) {
+      row = b.rows + begin + kRows;
+      rows_left = min_of<int64_t>(kRows, b.count - begin - kRows);
+    }
+    if (kAtOnce || all) {
+      if (b.finish != nullptr) Tile<T, kRows, kVectors>::prefetch(*b.finish, begin);
+#pragma GCC unroll 1
+      while (rows_left > 0) fetch_row();
+    } else if (b.finish != nullptr) {
+      const TileFinish<T>& f = *b.finish;
+      output = reinterpret_cast<const char*>(f.output + begin * f.output_pitch);
+      output_pitch = f.output_pitch * int64_t(sizeof(T));
+      has_residual = f.residual != nullptr;
+      if (has_residual) residual = reinterpret_cast<const char*>(f.residual + begin * f.residual_pitch);
+      residual_pitch = f.residual_pitch * int64_t(sizeof(T));
+      outputs_left = kRows;
+    }
+  }
+
+  PVK_INLINE void fetch() {
+    if constexpr (!kAtOnce) {
+      if (outputs_left > 0) fetch_output();
+      if (rows_left > 0) fetch_row();
+    }
+    panel.fetch();
+  }
+
+ private:
+  PVK_INLINE void fetch_output() {
+    --outputs_left;
+    for (int c = 0; c < kWidth; c += kLine) __builtin_prefetch(output + c, 1);
+    output += output_pitch;
+    if (!has_residual) return;
+    for (int c = 0; c < kWidth; c += kLine) __builtin_prefetch(residual + c);
+    residual += residual_pitch;
+  }
+
+  PVK_INLINE void fetch_row() {
+    --rows_left;
+    const T* const from = *row++ + first;
+    for (int64_t k = 0; k < depth; k += kLine / int(sizeof(T))) __builtin_prefetch(from + k);
+  }
+};
 
 // The last tile of a block is not left with a single row: rows are dealt out evenly.
 template <typename T, int kVectors>
 void gemm_block_of(const GemmBlock<T>& b) {
   constexpr int kMax = kTileRows[kVectors];
+  if (b.count == 0) return;
   const int64_t tiles = ceil_div<int64_t>(b.count, kMax);
+  const int64_t fewest = b.count / tiles, with_more = b.count % tiles;
+  const bool few_steps = b.taps * (b.depth / kAheadSteps) < kMax;
+  PanelAhead panel(b, kVectors * kLanes<T>, tiles);
   int64_t row = 0;
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int count = int(ceil_div<int64_t>(b.count - row, tiles - tile));
+    const int count = int(fewest + (tile < with_more));
     with_rows<kMax>(count, [&](auto rows) __attribute__((always_inline)) {
       Tile<T, decltype(rows)::value, kVectors> sums;
       T* const target = b.sums + row * b.pitch;
-      if (b.finish != nullptr) sums.prefetch(*b.finish, row);
-      prefetch_next(b, row + count, count);
+      TileAhead<T, decltype(rows)::value, kVectors> ahead(b, row, panel, few_steps);
       sums.clear();
       for (int64_t tap = 0; tap < b.taps; ++tap) {
         const T* const* const tap_rows = b.rows + tap * b.row_pitch + row;
         if (b.zeros != nullptr && all_are<decltype(rows)::value>(tap_rows, b.zeros)) continue;
-        sums.multiply(tap_rows, b.panel + tap * b.tap_pitch, b.depth, b.first);
+        sums.multiply(tap_rows, b.panel + tap * b.tap_pitch, b.depth, b.first, ahead);
       }
       if (b.accumulate) sums.add(target, b.pitch);
       if (b.finish != nullptr) return sums.finish(*b.finish, row);

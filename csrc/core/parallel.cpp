@@ -4,9 +4,9 @@
 
 namespace pvk {
 
-void run_workers(int64_t workers, void (*body)(void*), void* context) {
+void run_workers(int64_t workers, void (*body)(void*, int64_t), void* context) {
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) body(context);
+    for (int64_t worker = begin; worker < end; ++worker) body(context, worker);
   });
 }
 

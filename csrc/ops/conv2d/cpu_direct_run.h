@@ -173,7 +173,12 @@ bool finishes_in_registers(const Direct<In, scalar_t>& d, TileFinish<opmath_t<In
                            int64_t first, int64_t channel, int64_t channels) {
   if constexpr (sizeof(In) != sizeof(scalar_t)) return false;
   const Conv2dParams& p = d.p;
-  if (p.pool || d.weights.depth() == 0 || !clamps(d.epilogue.activation, finish.low, finish.high)) return false;
+  if (p.pool || d.weights.depth() == 0) return false;
+  const Activation activation = d.epilogue.activation;
+  finish.hardswish = activation == Activation::kHardswish;
+  finish.has_high = activation == Activation::kRelu6;
+  finish.has_low = activation == Activation::kRelu || finish.has_high;
+  if (!finish.hardswish && !finish.has_low && activation != Activation::kNone) return false;
   if (p.residual != nullptr) {
     const int64_t (&stride)[4] = p.residual_stride;
     if (stride[1] != 1 || stride[2] != p.OW * stride[3] || stride[0] != p.OH * stride[2]) return false;
@@ -220,7 +225,7 @@ void compute(const Direct<In, scalar_t>& d, Scratch<In>& scratch, [[maybe_unused
     block.sums = sums.data();
     block.pitch = pitch;
     block.zeros = d.zeros;
-    block.prefetch_rows = w.taps == 1 && w.channels <= 128 && i == first_panel;
+    block.prefetch_rows = w.taps == 1 && w.channels <= 128 && w.channels >= 32 && i == first_panel;
     const int64_t channel = group * w.outputs + w.panels.first_output(panel);
     const int64_t channels = w.panels.outputs_of(panel);
     scalar_t* const to = output + first * p.K + channel;
@@ -255,31 +260,50 @@ void compute(const Direct<In, scalar_t>& d, Scratch<In>& scratch, [[maybe_unused
   }
 }
 
-// Cuts the work into blocks of units times runs of panels: blocks first, then panels where blocks are few. Rows and
-// sums of a block stay in L1 where its depth allows; a deep panel comes from afar, and is worth more rows.
+// How the work is cut into blocks of units times runs of panels: blocks first, then panels where blocks are few. A
+// block is whole tiles; its rows stay in L2, and weights that do not are worth more rows.
+struct Pieces {
+  int64_t units, panels, step, steps, blocks, runs;
+  bool by_run;  // neighbouring pieces share weights, which are more than the rows
+
+  template <typename In, typename scalar_t>
+  explicit Pieces(const Direct<In, scalar_t>& d) : units(d.units), panels(d.weights.groups * d.weights.panels.count) {
+    const int64_t rows = d.units * (d.p.pool ? 4 : 1);
+    const int64_t depth = max_of<int64_t>(1, d.weights.depth());
+    const int64_t largest = min_of<int64_t>(192, max_of<int64_t>(72, 48 * kDepth / 2 / depth));
+    const int64_t smallest = 24;
+    const int64_t steps_of_piece = 1 << 14;  // a register times an element each
+    const int64_t threads = thread_count();
+    const int64_t work = rows * depth * d.weights.groups * d.weights.panels.vectors;
+    const int64_t wanted = threads == 1 ? 1 : max_of(threads, min_of(8 * threads, work / steps_of_piece));
+    blocks = ceil_div(rows, largest);
+    runs = min_of(panels, ceil_div(wanted, blocks));
+    if (blocks * runs < wanted) blocks = min_of(ceil_div(rows, smallest), ceil_div(wanted, runs));
+    step = kTileRows[d.weights.panels.vectors_of(0)];
+    steps = ceil_div(units, step);
+    blocks = min_of(blocks, steps);
+    by_run = panels * d.weights.panels.vectors_of(0) * kLanes<opmath_t<In>> > rows;
+  }
+
+  template <typename Body>
+  void run(const Body& body, int64_t piece) const {
+    const int64_t block = by_run ? piece % blocks : piece / runs, run = by_run ? piece / blocks : piece % runs;
+    const int64_t first = steps * block / blocks * step, last = min_of(units, steps * (block + 1) / blocks * step);
+    body(first, last - first, panels * run / runs, panels * (run + 1) / runs);
+  }
+};
+
 template <typename Tiles, typename In, typename scalar_t>
 void run(const Direct<In, scalar_t>& d) {
-  const Conv2dParams& p = d.p;
-  const int64_t corners = p.pool ? 4 : 1;
-  const int64_t depth = max_of<int64_t>(1, d.weights.depth());
-  const int64_t largest =
-      (depth > 4 * kDepth ? 96 : min_of<int64_t>(192, max_of<int64_t>(48, 48 * kDepth / 2 / depth)));
-  const int64_t smallest = 24;
-  const int64_t panels = d.weights.groups * d.weights.panels.count;
-  const int64_t wanted = 4 * thread_count();
-  int64_t blocks = ceil_div(d.units * corners, largest);
-  const int64_t runs = min_of(panels, ceil_div(wanted, blocks));
-  if (blocks * runs < wanted) blocks = min_of(ceil_div(d.units * corners, smallest), ceil_div(wanted, runs));
-  blocks = min_of(blocks, d.units);
-  const int64_t pieces = blocks * runs;
-  parallel_for(pieces, pieces / (2 * wanted), [&](int64_t begin, int64_t end) {
+  const Pieces pieces(d);
+  const int64_t count = pieces.blocks * pieces.runs;
+  parallel_for(count, count / (16 * thread_count()), [&](int64_t begin, int64_t end) {
     Scratch<In> scratch;
     [[maybe_unused]] Tiles tiles;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t block = i % blocks, run = i / blocks;
-      const int64_t first = d.units * block / blocks, last = d.units * (block + 1) / blocks;
-      compute(d, scratch, tiles, first, last - first, panels * run / runs, panels * (run + 1) / runs);
-    }
+    for (int64_t i = begin; i < end; ++i)
+      pieces.run([&](int64_t first, int64_t units, int64_t first_panel,
+                     int64_t last_panel) { compute(d, scratch, tiles, first, units, first_panel, last_panel); },
+                 i);
   });
 }
 
