@@ -1,11 +1,9 @@
-// Scratch memory of the CPU kernels: aligned, uninitialised, freed at scope's end.
+// Scratch memory of the CPU kernels: aligned, uninitialised, released at scope's end.
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
-#include <new>
 
-#include "core/memory.h"
+#include "core/scratch.h"
 
 namespace pvk::PVK_ISA {
 
@@ -16,14 +14,16 @@ class Buffer {
   Buffer() = default;
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data_); }
+  ~Buffer() { release(); }
 
   // Forgets what it held. Grows by doubling when asked again and again.
   void reserve(int64_t count) {
     if (count <= capacity_) return;
-    std::free(data_);
+    const int64_t grown = count > 2 * capacity_ ? count : 2 * capacity_;
+    release();
     data_ = nullptr;
-    allocate(count > 2 * capacity_ ? count : 2 * capacity_);
+    capacity_ = 0;
+    allocate(grown);
   }
 
   T* data() { return data_; }
@@ -32,12 +32,10 @@ class Buffer {
 
  private:
   void allocate(int64_t count) {
+    data_ = static_cast<T*>(acquire_scratch(count * int64_t(sizeof(T))));
     capacity_ = count;
-    const uint64_t bytes = (uint64_t(count > 0 ? count : 1) * sizeof(T) + 63) / 64 * 64;
-    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
-    if (data_ == nullptr) throw std::bad_alloc();
-    advise_huge_pages(data_, int64_t(bytes));
   }
+  void release() { release_scratch(data_, capacity_ * int64_t(sizeof(T))); }
 
   T* data_ = nullptr;
   int64_t capacity_ = 0;

@@ -28,10 +28,17 @@ void for_each_tile(const MapSize& size, const Body& body) {
   });
 }
 
+// Rows that follow each other evenly are one long row: those of a small map are shorter than a tile.
+inline MapSize joined_rows(const MapSize& size, const int64_t* stride) {
+  if (stride[2] != size.W * stride[3]) return size;
+  return {size.N, size.C, 1, size.H * size.W};
+}
+
 // to[n][h][w][c] = from[n][c][h][w], of any strides.
 template <typename scalar_t>
-void to_channels_last(const MapSize& size, const scalar_t* from, const int64_t* stride, scalar_t* to) {
+void to_channels_last(const MapSize& map, const scalar_t* from, const int64_t* stride, scalar_t* to) {
   using T = opmath_t<scalar_t>;
+  const MapSize size = joined_rows(map, stride);
   for_each_tile(size, [&](int64_t n, int64_t c, int64_t channels, int64_t h, int64_t w, int64_t pixels) {
     alignas(64) T tile[kTilePixels * kTileChannels];
     const scalar_t* source = from + n * stride[0] + c * stride[1] + h * stride[2] + w * stride[3];
@@ -42,8 +49,9 @@ void to_channels_last(const MapSize& size, const scalar_t* from, const int64_t* 
 }
 
 template <typename scalar_t>
-void from_channels_last(const MapSize& size, const scalar_t* from, const int64_t* stride, scalar_t* to) {
+void from_channels_last(const MapSize& map, const scalar_t* from, const int64_t* stride, scalar_t* to) {
   using T = opmath_t<scalar_t>;
+  const MapSize size = joined_rows(map, stride);
   for_each_tile(size, [&](int64_t n, int64_t c, int64_t channels, int64_t h, int64_t w, int64_t pixels) {
     alignas(64) T tile[kTilePixels * kTileChannels];
     const scalar_t* source = from + ((n * size.H + h) * size.W + w) * size.C + c;

@@ -1,13 +1,14 @@
 // A graph of layers in one operator: runs the instructions that pyvision_kernels/convert/program.py writes.
 //
 // Values are numbered: the inputs, then one by each instruction. Inputs and outputs of the graph are tensors, what is
-// between them lives in the thread's blocks, from the instruction that makes it to the one that frees it. All indices
+// between them lives in scratch memory, from the instruction that makes it to the one that frees it. All indices
 // and sizes are checked: wrong code is an error, not a crash.
+#include <memory>
 #include <optional>
 #include <vector>
 
 #include "core/binding.h"
-#include "graph/blocks.h"
+#include "core/scratch.h"
 #include "graph/maps.h"
 #include "ops/conv2d/binding.h"
 #include "ops/linear/binding.h"
@@ -23,9 +24,15 @@ enum class Kind : int64_t { kConv2d, kLinear, kMap };
 using Tensors = std::vector<Tensor>;
 using Numbers = std::vector<int64_t>;
 
+using Block = std::shared_ptr<void>;
+
+Block acquire(int64_t bytes) {
+  return Block(acquire_scratch(bytes), [bytes](void* data) { release_scratch(data, bytes); });
+}
+
 struct Value {
   View view;
-  Blocks::Block block;           // of a value within the graph
+  Block block;                   // of a value within the graph
   std::optional<Tensor> output;  // of one that leaves it
   bool lives = false;
 };
@@ -106,7 +113,7 @@ class Interpreter {
       return made;
     }
     const View shape(nullptr, sizes, View(like_), channels_last);
-    made.block = blocks_.acquire(shape.numel() * int64_t(like_.element_size()));
+    made.block = acquire(shape.numel() * int64_t(like_.element_size()));
     made.view = View(made.block.get(), sizes, shape, channels_last);
     return made;
   }
@@ -187,13 +194,13 @@ class Interpreter {
   }
 
   // A map as the kernels want it; `copy` keeps it where it was another.
-  MapParams dense(MapOp op, const View& view, Blocks::Block& copy) {
+  MapParams dense(MapOp op, const View& view, Block& copy) {
     MapParams p = params_of(op, view);
     if (view.numel() == 0 || is_dense_channels_last(view)) return p;
     MapParams turn = p;
     turn.op = MapOp::kChannelsLast;
     for (int i = 0; i < 4; ++i) turn.input_stride[i] = view.stride(i);
-    copy = blocks_.acquire(view.numel() * int64_t(like_.element_size()));
+    copy = acquire(view.numel() * int64_t(like_.element_size()));
     p.input = turn.output = copy.get();
     run_map(turn, stream_);
     return p;
@@ -202,9 +209,9 @@ class Interpreter {
   Value map(MapOp op) {
     if (op == MapOp::kChannels) return concatenate();
     const View input = value().view;
-    Blocks::Block copy;
+    Block copy;
     MapParams p = dense(op, input, copy);
-    Blocks::Block other_copy;
+    Block other_copy;
     Tensor scale, shift;
     int64_t rows = p.H, columns = p.W;
     if (op == MapOp::kMean) {
@@ -275,7 +282,7 @@ class Interpreter {
     Value made = make({parts[0].size(0), total, parts[0].size(2), parts[0].size(3)}, true);
     char* to = static_cast<char*>(made.view.data());
     for (const View& part : parts) {
-      Blocks::Block copy;
+      Block copy;
       MapParams p = dense(MapOp::kChannels, part, copy);
       p.output = to;
       p.output_pitch = total;
@@ -290,9 +297,7 @@ class Interpreter {
   size_t at_ = 0;
   const Stream stream_;
   const Tensor& like_;
-  Blocks& blocks_ = Blocks::of_thread();
-  const Blocks::Scope scope_{blocks_};
-  std::vector<Value> values_;  // after what its blocks go back to
+  std::vector<Value> values_;
   std::vector<bool> is_output_;
 };
 

@@ -219,7 +219,7 @@ class _Assembler:
         if residual != -1 and self.sizes[residual] != result:
             raise DoesNotFit
         flows = self.channels_last[value]
-        kernel = decide_for(size, self.dtype, "cpu", flows, weight, geometry, True, step.alone)
+        kernel = decide_for(size, self.dtype, "cpu", flows, weight, geometry, packed=True, alone=False)
         packed = None if kernel == TORCH else step.pack_for(weight, kernel, self.dtype)
         if packed is None:
             raise DoesNotFit

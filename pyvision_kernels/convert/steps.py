@@ -83,7 +83,6 @@ class Conv2dStep(Step):
         super().__init__(chain)
         self.geometry = geometry_of(chain.layer)
         self.number = _activation.NUMBERS[self.activation]
-        self.alone = chain.norm is None and chain.residual is None and self.activation is None and not self.pool
         self.operator: Callable[..., Any] = conv2d_op
 
     def __call__(self, input: Tensor, residual: Any = None, channels_last: bool | None = True) -> Tensor:
@@ -115,7 +114,7 @@ class Conv2dStep(Step):
         )
 
     def _decide(self, input: Tensor, weight: Tensor) -> tuple[int, Tensor | None]:
-        kernel = decide(input, weight, self.geometry, True, self.alone)
+        kernel = decide(input, weight, self.geometry, packed=True, alone=False)
         return kernel, None if kernel == TORCH else self.pack_for(weight, kernel, input.dtype)
 
     def pack_for(self, weight: Tensor, kernel: int, dtype: torch.dtype) -> Tensor | None:

@@ -22,7 +22,8 @@ FEW = 4  # channels of a first layer, at most
 class Problem:
     """Sizes of a convolution: N images, C channels in, K out, R x S taps, OH x OW pixels out.
 
-    alone: nothing that PyTorch would do in a pass of its own (batch norm, addition, activation, pooling) follows.
+    alone: nothing that PyTorch would do in a pass of its own (batch norm, addition, activation, pooling) follows, nor is
+    it in a fused model, whose maps flow in our layout.
     """
 
     N: int
@@ -85,7 +86,13 @@ def torch_is_faster(problem: Problem, packed: bool) -> bool:
     p = problem
     if p.device == "cuda":  # our kernel there is plain, for now
         return True
-    if p.device != "cpu" or p.dtype != torch.bfloat16 or not p.alone:
+    if p.device != "cpu" or not p.alone:
+        return False
+    if p.dtype == torch.float32:
+        # To turn a contiguous map costs more than our 1 x 1 gains where it has more channels than the result.
+        reduces = (p.R, p.S) == (1, 1) and p.groups == 1 and p.C >= 2 * p.K and p.C > FEW
+        return reduces and not p.channels_last and p.OH * p.OW >= 28 * 28
+    if p.dtype != torch.bfloat16:
         return False
     # PyTorch's kernels for bfloat16, which multiply by dot products where ours convert to float32.
     if p.groups > 1 and p.groups == p.C:
