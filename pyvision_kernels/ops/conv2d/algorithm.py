@@ -22,8 +22,8 @@ FEW = 4  # channels of a first layer, at most
 class Problem:
     """Sizes of a convolution: N images, C channels in, K out, R x S taps, OH x OW pixels out.
 
-    alone: nothing follows that PyTorch would do in a pass of its own (batch norm, addition, activation, pooling), and it
-    is in no fused model, whose maps flow in our layout.
+    alone: nothing follows that PyTorch would do in a pass of its own (batch norm, addition, activation, pooling), and
+    it is in no fused model, whose maps flow in our layout.
     """
 
     N: int
