@@ -148,6 +148,15 @@ _address_of = methodcaller("data_ptr")
 kept_by = attrgetter("_kept")  # of Packs or a FoldedNorm: another object where what it kept is out of date
 
 
+def keeps(keeper: Packs | FoldedNorm, made: Tensor) -> bool:
+    """Whether a keeper still has what it made: a packed weight, or a scale."""
+    kept = kept_by(keeper)
+    if kept is None:
+        return False
+    results = kept.results.values() if isinstance(kept, _Kept) else kept[-1]
+    return any(result is made for result in results)
+
+
 def _fold(tensors: tuple[Any, ...], eps: float) -> tuple[Tensor, Tensor]:
     mean, variance, weight, bias = tensors
     wide = torch.float64

@@ -169,6 +169,60 @@ def test_results_that_nobody_reads():
     assert torch.equal(right, picture + 1)
 
 
+class _Scaled(nn.Module):
+    """A stretch that begins with a product, of whatever `factor` makes of the picture."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+        self.one, self.other = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return F.relu(self.other(F.relu(self.one(self.factor(x) * x))))
+
+
+@pytest.mark.parametrize("factor", [lambda x: x.size(1), lambda x: x.shape[-1] ** -0.5], ids=["int", "float"])
+@torch.no_grad()
+def test_factors_that_are_numbers(factor):
+    model, picture = _model(lambda: _Scaled(factor)), torch.randn(1, 3, 8, 8)
+    with _CallByCall():
+        expected = model(picture)
+    torch.testing.assert_close(model(picture), expected)
+
+
+@torch.no_grad()
+def test_a_write_while_a_program_is_made(monkeypatch):
+    model, picture = _model(lambda: _Scaled(lambda x: x + 1)), torch.randn(1, 3, 8, 8)
+    assemble = program._Assembler.assemble
+
+    def written_after(*args):
+        code = assemble(*args)
+        model.one.weight.data.mul_(2)
+        model.one.repack()
+        return code
+
+    with monkeypatch.context() as context:
+        context.setattr(program._Assembler, "assemble", written_after)
+        model(picture)
+    with _CallByCall():
+        expected = model(picture)
+    torch.testing.assert_close(model(picture), expected)
+
+
+@torch.no_grad()
+def test_what_is_out_of_date_is_not_kept():
+    model = _model()
+    for side in (12, 13, 14):
+        model(torch.randn(1, 3, side, side))
+    first = _stretches(model)[0]
+    assert len(first.programs) == 3
+    model.down.weight.mul_(2)
+    model(torch.randn(1, 3, 12, 12))
+    assert len(first.programs) == 1
+    model.eval()
+    assert not first.programs
+
+
 @torch.no_grad()
 def test_threads_share_a_model():
     model = pvk.convert(pvk.models.CNN().eval(), fuse=True)
@@ -257,3 +311,7 @@ def test_wrong_code_is_an_error():
             operator([item[..., :1, :1] for item in inputs], constants, [len(code), *code])
         with pytest.raises(RuntimeError, match="at least one input"):
             operator([], constants, code)
+    huge = torch.zeros(1, 1, 1, 1).expand(2**31, 1, 2**31, 1)
+    for kind in (program.MEAN, program.HARDSIGMOID, program.FLATTEN):
+        with pytest.raises(RuntimeError, match="expected"):
+            operator([huge], [], [1, 1, 1, kind, 0, 0])

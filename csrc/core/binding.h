@@ -140,7 +140,9 @@ class View {
   int64_t stride(int64_t i) const { return strides_[i]; }
   int64_t numel() const {
     int64_t count = 1;
-    for (int64_t i = 0; i < dim_; ++i) count *= sizes_[i];
+    for (int64_t i = 0; i < dim_; ++i)
+      PVK_CHECK(!__builtin_mul_overflow(count, sizes_[i], &count), "expected fewer elements, but got ",
+                shape_of(*this));
     return count;
   }
 

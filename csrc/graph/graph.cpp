@@ -26,7 +26,12 @@ using Numbers = std::vector<int64_t>;
 
 using Block = std::shared_ptr<void>;
 
-Block acquire(int64_t bytes) {
+// Memory of a map of these sizes.
+Block acquire(const View& map, int64_t element_size) {
+  int64_t bytes = element_size;
+  for (int64_t i = 0; i < map.dim(); ++i)
+    PVK_CHECK(!__builtin_mul_overflow(bytes, map.size(i), &bytes), kOp,
+              ": expected a map that fits into memory, but got ", shape_of(map));
   return Block(acquire_scratch(bytes), [bytes](void* data) { release_scratch(data, bytes); });
 }
 
@@ -113,7 +118,7 @@ class Interpreter {
       return made;
     }
     const View shape(nullptr, sizes, View(like_), channels_last);
-    made.block = acquire(shape.numel() * int64_t(like_.element_size()));
+    made.block = acquire(shape, int64_t(like_.element_size()));
     made.view = View(made.block.get(), sizes, shape, channels_last);
     return made;
   }
@@ -200,7 +205,7 @@ class Interpreter {
     MapParams turn = p;
     turn.op = MapOp::kChannelsLast;
     for (int i = 0; i < 4; ++i) turn.input_stride[i] = view.stride(i);
-    copy = acquire(view.numel() * int64_t(like_.element_size()));
+    copy = acquire(view, int64_t(like_.element_size()));
     p.input = turn.output = copy.get();
     run_map(turn, stream_);
     return p;

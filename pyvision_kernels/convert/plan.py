@@ -54,6 +54,7 @@ class Plan:
         self.reason = ""
         self.opaque: list[str] = []
         self.steps: list[Step | NormStep] = []
+        self.stretches: list[Stretch] = []
         watched = list(modules.values())
         try:
             graph, _ = trace(root)
@@ -73,7 +74,7 @@ class Plan:
             if any(chain.absorbed for chain in chains):
                 writer = _Writer(graph, modules, chains)
                 self.function, self.arguments = writer.main, writer.arguments
-                self.steps = list(writer.steps.values())
+                self.steps, self.stretches = list(writer.steps.values()), writer.stretches
                 called = [modules[str(node.target)] for node in graph.nodes if node.op == "call_module"]
                 self.is_closed = not any(has_hooks(module) or _is_opaque(module) for module in called)
                 if self.is_closed:
@@ -130,6 +131,8 @@ class Plan:
         for step in self.steps:
             if step.norm is not None:
                 step.norm.drop()
+        for stretch in self.stretches:
+            stretch.forget()
 
 
 _training = operator.itemgetter("training")

@@ -19,7 +19,7 @@ from pyvision_kernels import _activation
 from pyvision_kernels._backend import CHOICE
 from pyvision_kernels._check import FLOATING
 from pyvision_kernels._op import declare
-from pyvision_kernels._packed import PLAIN, kept_by
+from pyvision_kernels._packed import PLAIN, FoldedNorm, keeps, kept_by
 from pyvision_kernels.convert.steps import Conv2dStep, LinearStep, NormStep
 from pyvision_kernels.ops.conv2d.geometry import Geometry
 from pyvision_kernels.ops.conv2d.operator import TORCH, decide_for
@@ -129,13 +129,15 @@ class Program:
         if not self.counted:
             return
         self.seen = self._look()
+        assembler = _Assembler(self.constants, arguments, back)
         try:
-            code = _Assembler(self.constants, arguments, back).assemble(stretch)
+            self.code = assembler.assemble(stretch)
         except DoesNotFit:
             self.constants.clear()
-        else:
-            self.code = code
-        self.kept = list(map(kept_by, self.keepers))  # replaced when they are told to forget
+            assembler.made.clear()
+        # Replaced when they are told to forget. Where another thread told one meanwhile, the program is out of date.
+        self.kept = list(map(kept_by, self.keepers))
+        self.counted = all(keeps(keeper, made) for keeper, made in assembler.made)
 
     def is_current(self) -> bool:
         """Whether the weights are those that it was made for, unchanged. Some tens of nanoseconds a tensor."""
@@ -169,6 +171,7 @@ class _Assembler:
 
     def __init__(self, constants: list[Tensor], arguments: Sequence[Tensor], back: bool):
         self.constants = constants
+        self.made: list[tuple[Any, Tensor]] = []  # what keeps it, and a tensor that was made of weights
         self.dtype = arguments[0].dtype
         self.back = back
         self.sizes: list[Size] = [tuple(argument.shape) for argument in arguments]
@@ -208,6 +211,11 @@ class _Assembler:
             raise DoesNotFit
         return weight
 
+    def _folded(self, norm: FoldedNorm) -> tuple[Tensor, Tensor]:
+        scale, shift = norm.get()
+        self.made.append((norm, scale))
+        return scale, shift
+
     def conv2d(self, instruction: Instruction) -> tuple[Size, list[int]]:
         step, value = instruction.step, instruction.inputs[0]
         size, weight, geometry = self._map(value), self._weight(step), step.geometry
@@ -223,7 +231,8 @@ class _Assembler:
         packed = None if kernel == TORCH else step.pack_for(weight, kernel, self.dtype)
         if packed is None:
             raise DoesNotFit
-        scale, shift = (None, None) if step.norm is None else step.norm.get()
+        self.made.append((step.packs, packed))
+        scale, shift = (None, None) if step.norm is None else self._folded(step.norm)
         held = weight, step.parameters["bias"], scale, shift, packed
         channels_last = not (instruction.leaves and self.back)
         options = step.number, int(step.pool), int(channels_last), kernel
@@ -240,13 +249,16 @@ class _Assembler:
         residual = instruction.inputs[1] if len(instruction.inputs) > 1 else -1
         if residual != -1 and self.sizes[residual] != result:
             raise DoesNotFit
-        held = weight, step.parameters["bias"], pack_for(weight, size[0], step.packs)
+        packed = pack_for(weight, size[0], step.packs)
+        if packed is not None:
+            self.made.append((step.packs, packed))
+        held = weight, step.parameters["bias"], packed
         return result, [value, residual, *map(self._constant, held), _activation.NUMBERS[step.activation]]
 
     def affine(self, instruction: Instruction) -> tuple[Size, list[int]]:
         value, norm = instruction.inputs[0], instruction.step.norm
         size = self._map(value)
-        scale, shift = norm.get()
+        scale, shift = self._folded(norm)
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         if scale.dtype is not wide or scale.shape[0] != size[1] or norm.norm.running_mean.dtype is not self.dtype:
             raise DoesNotFit
@@ -340,6 +352,8 @@ class Stretch:
     def _program(self, arguments: tuple[Tensor, ...], back: bool) -> Program | None:
         if _someone_watches():
             return None
+        if type(arguments[0]) is not Tensor:  # a factor may be a number
+            return None
         dtype, grad = arguments[0].dtype, torch.is_grad_enabled()
         for argument in arguments:
             plain = type(argument) is Tensor and argument.is_cpu and argument.dtype is dtype
@@ -349,8 +363,13 @@ class Stretch:
             return None
         key = back, CHOICE.key, dtype, *[(argument.shape, argument.stride()) for argument in arguments]
         program = self.programs.get(key)
-        if program is None or not program.is_current():
-            if len(self.programs) > _MOST:
-                self.programs.clear()
-            program = self.programs[key] = Program(self, arguments, back)
+        if program is not None and program.is_current():
+            return program
+        if program is not None or len(self.programs) > _MOST:
+            self.forget()  # the others read the same weights
+        program = self.programs[key] = Program(self, arguments, back)
         return program
+
+    def forget(self) -> None:
+        """Drops the programs, which hold weights and what was made of them."""
+        self.programs = {}

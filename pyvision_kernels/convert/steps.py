@@ -160,6 +160,7 @@ class Conv2dStep(Step):
             pool=self.pool,
             packs=self.packs,
             channels_last=channels_last,
+            fused=True,
         )
 
     def result_size(self, input: Tensor) -> torch.Size:

@@ -219,20 +219,22 @@ def run(
     pool: bool = False,
     packs: Packs | None = None,
     channels_last: bool | None = None,
+    fused: bool = False,
 ) -> Tensor:
     """conv2d for layers: of checked options, with packed weights, by the kernel that the rule picks.
 
     Args:
         packs: Keeps the packed weight between calls; None: it is packed at every call.
         channels_last: Layout of the result; None: that of the input.
+        fused: It is a layer of a fused model.
         Others: as of conv2d; input is [N, C, H, W].
     """
-    alone = scale is None and shift is None and residual is None and activation is None and not pool
+    alone = not (fused or pool) and scale is None and shift is None and residual is None and activation is None
     if torch.compiler.is_compiling():
         kernel = decide(input, weight, geometry, packs is not None, alone)
     else:
         how = CHOICE.key, packs is None, alone
-        key = (input.shape, input.stride(), weight.shape, input.dtype, input.device.type, how)
+        key = (input.shape, input.stride(), weight.shape, weight.stride(), input.dtype, input.device.type, how)
         try:
             kernel = geometry.plans[key]
         except KeyError:
