@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -143,11 +144,13 @@ def test_instruction_sets_do_not_leak_through_the_linker():
     if not objects:
         pytest.skip("no build folder: an installed package is tested")
     for path in objects:
+        isa = path.parent.name
+        inside = re.compile(rf"::{isa}::|^_Z+NK?3pvk{len(isa)}{isa}")  # nm leaves some names of lambdas as they are
         symbols = subprocess.run(["nm", "--demangle", str(path)], capture_output=True, text=True, check=True).stdout
         for line in symbols.splitlines():
             kind, _, name = line[17:].partition(" ")
             if kind in "WVu" and not name.startswith("DW.ref."):  # a pointer, not code
-                assert f"::{path.parent.name}::" in name, f"{path.name}: {name}"
+                assert inside.search(name), f"{path.name}: {name}"
 
 
 def test_library_depends_on_torch_by_its_stable_interface_alone():
