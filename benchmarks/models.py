@@ -132,8 +132,7 @@ def timed_against(ours: pair.Call, peer: pair.Call, seconds: float) -> pair.Timi
         time.sleep(PAUSE)
         call()
         start = time.perf_counter()
-        for _ in range(count):
-            call()
+        pair.repeated(call, count)()
         return (time.perf_counter() - start) / count
 
     stretches: list[tuple[float, float]] = []

@@ -1,5 +1,5 @@
 // Memory for scratch and for maps within a graph, kept by each thread between calls: fresh from the system it costs a
-// page fault every 4 KB, which is more than some kernels take.
+// page fault every 4 KB.
 #pragma once
 
 #include <cstdint>

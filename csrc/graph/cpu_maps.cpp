@@ -14,7 +14,7 @@ namespace {
 
 using namespace pvk::PVK_ISA;
 
-constexpr int64_t kPiece = 16384;  // elements: below that, threads cost more than they bring
+constexpr int64_t kPiece = 16384;  // elements that a thread gets at least
 
 template <typename scalar_t>
 struct Memory {

@@ -3,6 +3,7 @@
 // Values are numbered: the inputs, then one by each instruction. Inputs and outputs of the graph are tensors, what is
 // between them lives in scratch memory, from the instruction that makes it to the one that frees it. All indices
 // and sizes are checked: wrong code is an error, not a crash.
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -35,6 +36,13 @@ Block acquire(const View& map, int64_t element_size) {
   return Block(acquire_scratch(bytes), [bytes](void* data) { release_scratch(data, bytes); });
 }
 
+// What the head of the code says of a value that leaves the graph.
+struct Output {
+  size_t id;
+  bool channels_last;
+  Numbers sizes;
+};
+
 struct Value {
   View view;
   Block block;                   // of a value within the graph
@@ -45,7 +53,7 @@ struct Value {
 class Interpreter {
  public:
   Interpreter(const Tensors& inputs, const Tensors& constants, const Numbers& code, Stream stream)
-      : constants_(constants), code_(code), stream_(stream), like_(inputs[0]) {
+      : constants_(constants), code_(code), stream_(stream), like_(inputs[0]), element_size_(like_.element_size()) {
     for (const Tensor& input : inputs) {
       check_same_device(kOp, "inputs", input, "the first", inputs[0]);
       PVK_CHECK(input.dim() <= 4 && input.scalar_type() == inputs[0].scalar_type(), kOp,
@@ -61,17 +69,22 @@ class Interpreter {
               kOp, ": expected code to have at most as many outputs as instructions, but got ", outputs, " and ",
               instructions);
     const int64_t inputs = int64_t(values_.size());
-    is_output_.assign(size_t(inputs + instructions), false);
-    Numbers leaving;
-    for (int64_t i = 0; i < outputs; ++i) {
-      leaving.push_back(next());
-      PVK_CHECK(leaving.back() >= inputs && leaving.back() < inputs + instructions, kOp,
-                ": expected an output to be the result of an instruction, but got ", leaving.back());
-      is_output_[size_t(leaving.back())] = true;
+    std::vector<Output> leaving(static_cast<size_t>(outputs));
+    output_of_.assign(size_t(inputs + instructions), nullptr);
+    for (Output& output : leaving) {
+      const int64_t id = next();
+      PVK_CHECK(id >= inputs && id < inputs + instructions && output_of_[size_t(id)] == nullptr, kOp,
+                ": expected an output to be the result of an instruction, named once, but got ", id);
+      output.id = size_t(id);
+      output.channels_last = next() != 0;
+      const int64_t rank = next();
+      PVK_CHECK(rank == 2 || rank == 4, kOp, ": expected an output to have 2 or 4 dimensions, but got ", rank);
+      for (int64_t i = 0; i < rank; ++i) output.sizes.push_back(next());
+      output_of_[output.id] = &output;
     }
     for (int64_t i = 0; i < instructions; ++i) step();
     Tensors results;
-    for (const int64_t id : leaving) results.push_back(*values_[size_t(id)].output);
+    for (const Output& output : leaving) results.push_back(*values_[output.id].output);
     return results;
   }
 
@@ -94,31 +107,48 @@ class Interpreter {
     return values_[size_t(id)];
   }
 
-  const Tensor& constant() {
-    const std::optional<Tensor> tensor = optional_constant();
-    PVK_CHECK(tensor, kOp, ": expected an instruction to have its constants");
-    return constants_[size_t(code_[at_ - 1])];
+  // Whether the next operand is none, -1; then it is passed over.
+  bool is_absent() {
+    if (*next(1) == -1) return true;
+    --at_;
+    return false;
   }
 
-  std::optional<Tensor> optional_constant() {
+  const Tensor& constant() {
     const int64_t index = next();
-    if (index == -1) return std::nullopt;
     PVK_CHECK(index >= 0 && index < int64_t(constants_.size()), kOp, ": expected an index below ", constants_.size(),
               " of a constant, but got ", index);
     return constants_[size_t(index)];
   }
 
-  // The next value, dense.
+  std::optional<Tensor> optional_constant() {
+    if (is_absent()) return std::nullopt;
+    return constant();
+  }
+
+  const View* optional_map() { return is_absent() ? nullptr : &value().view; }
+
+  // Maps within the graph are channels_last; a convolution's that leaves it is what the head says.
+  bool leaves_contiguous() const {
+    const Output* const output = output_of_[values_.size()];
+    return output != nullptr && !output->channels_last;
+  }
+
+  // The next value, dense; 4 dimensions are channels_last, or contiguous.
   Value make(std::initializer_list<int64_t> sizes, bool channels_last) {
     Value made;
     made.lives = true;
-    if (is_output_[values_.size()]) {
+    const View shape(nullptr, sizes, values_[0].view, channels_last);
+    if (const Output* const output = output_of_[values_.size()]) {
+      PVK_CHECK(output->channels_last == channels_last &&
+                    std::equal(sizes.begin(), sizes.end(), output->sizes.begin(), output->sizes.end()),
+                kOp, ": expected the head of the code to say the size and the layout of value ", values_.size(), ", ",
+                shape_of(shape));
       made.output = empty(sizes, like_.scalar_type(), like_, channels_last);
       made.view = View(*made.output);
       return made;
     }
-    const View shape(nullptr, sizes, View(like_), channels_last);
-    made.block = acquire(shape, int64_t(like_.element_size()));
+    made.block = acquire(shape, element_size_);
     made.view = View(made.block.get(), sizes, shape, channels_last);
     return made;
   }
@@ -144,48 +174,45 @@ class Interpreter {
     }
   }
 
-  const View* residual() {
-    PVK_CHECK(at_ < code_.size(), kOp, ": expected code to have more than ", code_.size(), " numbers");
-    if (code_[at_] != -1) return &value().view;
-    ++at_;
-    return nullptr;
-  }
-
   Value conv2d() {
     const View& input = value().view;
-    const View* const added = residual();
+    const View* const residual = optional_map();
     conv2d::Constants constants{constant(), {}, {}, {}, {}};
     for (auto* const held : {&constants.bias, &constants.scale, &constants.shift, &constants.packed})
       *held = optional_constant();
-    const int64_t activation = next(), pool = next(), channels_last = next(), algorithm = next();
+    const int64_t activation = next(), pool = next(), algorithm = next();
     const conv2d::Call call{next(conv2d::kGeometryNumbers), activation, pool != 0, algorithm};
-    conv2d::Conv2dParams p = conv2d::prepare("conv2d", input, constants, added, call, stream_);
-    Value made = make({p.N, p.K, p.rows_out(), p.columns_out()}, channels_last != 0);
+    conv2d::Conv2dParams p = conv2d::prepare("conv2d", input, constants, residual, call, stream_);
+    Value made = make({p.N, p.K, p.rows_out(), p.columns_out()}, !leaves_contiguous());
     conv2d::run(p, made.view, stream_);
     return made;
   }
 
   Value linear() {
     const View& input = value().view;
-    const View* const added = residual();
+    const View* const residual = optional_map();
     linear::Constants constants{constant(), {}, {}};
     for (auto* const held : {&constants.bias, &constants.packed}) *held = optional_constant();
     const int64_t activation = next();
-    linear::LinearParams p = linear::prepare("linear", input, constants, added, activation, stream_);
+    linear::LinearParams p = linear::prepare("linear", input, constants, residual, activation, stream_);
     Value made = make({p.M, p.K}, false);
     linear::run(p, made.view, stream_);
     return made;
   }
 
   static bool is_dense_channels_last(const View& view) {
-    const View dense(nullptr, {view.size(0), view.size(1), view.size(2), view.size(3)}, view, true);
-    for (int64_t i = 0; i < 4; ++i)
-      if (view.size(i) > 1 && view.stride(i) != dense.stride(i)) return false;
+    const int64_t pixels = view.dim() == 4 ? view.size(2) * view.size(3) : 1;
+    const int64_t dense[] = {view.size(1) * pixels, 1, view.size(1) * view.size(3), view.size(1)};
+    for (int64_t i = 0; i < view.dim(); ++i)
+      if (view.size(i) > 1 && view.stride(i) != dense[i]) return false;
     return true;
   }
 
   MapParams params_of(MapOp op, const View& view) {
-    PVK_CHECK(view.dim() == 4, kOp, ": expected a map to have 4 dimensions [N, C, H, W], but got ", shape_of(view));
+    const bool takes_rows =
+        op == MapOp::kScale || op == MapOp::kActivate || op == MapOp::kHardsigmoid || op == MapOp::kChannels;
+    PVK_CHECK(view.dim() == 4 || (takes_rows && view.dim() == 2), kOp, ": expected a map to have 4 dimensions ",
+              "[N, C, H, W], or 2 where it is not pooled, normalised or flattened, but got ", shape_of(view));
     MapParams p{};
     p.op = op;
     p.dtype = dtype_of(kOp, "inputs", view);
@@ -193,8 +220,8 @@ class Interpreter {
     p.input = view.data();
     p.N = view.size(0);
     p.C = view.size(1);
-    p.H = view.size(2);
-    p.W = view.size(3);
+    p.H = view.dim() == 4 ? view.size(2) : 1;
+    p.W = view.dim() == 4 ? view.size(3) : 1;
     return p;
   }
 
@@ -204,8 +231,8 @@ class Interpreter {
     if (view.numel() == 0 || is_dense_channels_last(view)) return p;
     MapParams turn = p;
     turn.op = MapOp::kChannelsLast;
-    for (int i = 0; i < 4; ++i) turn.input_stride[i] = view.stride(i);
-    copy = acquire(view, int64_t(like_.element_size()));
+    for (int64_t i = 0; i < view.dim(); ++i) turn.input_stride[i] = view.stride(i);
+    copy = acquire(view, element_size_);
     p.input = turn.output = copy.get();
     run_map(turn, stream_);
     return p;
@@ -229,8 +256,8 @@ class Interpreter {
     } else if (op == MapOp::kScale) {
       const View other = value().view;
       const MapParams by = dense(op, other, other_copy);
-      PVK_CHECK(by.N == p.N && by.C == p.C && by.H == 1 && by.W == 1, kOp, ": expected a factor of size [", p.N, ", ",
-                p.C, ", 1, 1], but got ", shape_of(other));
+      PVK_CHECK(other.dim() == input.dim() && by.N == p.N && by.C == p.C && by.H == 1 && by.W == 1, kOp,
+                ": expected a factor for each channel of ", shape_of(input), ", but got ", shape_of(other));
       p.other = by.input;
     } else if (op == MapOp::kAffine) {
       scale = channels(p, "scale");
@@ -244,7 +271,9 @@ class Interpreter {
                 ": expected activation to be 0 to 6, but got ", activation);
       p.activation = Activation(activation);
     }
-    Value made = op == MapOp::kFlatten ? make({p.N, p.C * p.H * p.W}, false) : make({p.N, p.C, rows, columns}, true);
+    Value made = op == MapOp::kFlatten ? make({p.N, p.C * p.H * p.W}, false)
+                 : input.dim() == 2    ? make({p.N, p.C}, false)
+                                       : make({p.N, p.C, rows, columns}, true);
     p.output = made.view.data();
     if (made.view.numel() > 0) run_map(p, stream_);
     return made;
@@ -279,12 +308,14 @@ class Interpreter {
     for (int64_t i = 0; i < count; ++i) {
       parts.push_back(value().view);
       const View &part = parts.back(), &first = parts[0];
-      PVK_CHECK(part.dim() == 4 && part.size(0) == first.size(0) && part.size(2) == first.size(2) &&
-                    part.size(3) == first.size(3),
+      PVK_CHECK((part.dim() == 4 || part.dim() == 2) && part.dim() == first.dim() && part.size(0) == first.size(0) &&
+                    part.size(2) == first.size(2) && part.size(3) == first.size(3),
                 kOp, ": expected maps to differ in channels alone, but got ", shape_of(part), " and ", shape_of(first));
       total += part.size(1);
     }
-    Value made = make({parts[0].size(0), total, parts[0].size(2), parts[0].size(3)}, true);
+    const View& first = parts[0];
+    Value made = first.dim() == 2 ? make({first.size(0), total}, false)
+                                  : make({first.size(0), total, first.size(2), first.size(3)}, true);
     char* to = static_cast<char*>(made.view.data());
     for (const View& part : parts) {
       Block copy;
@@ -292,7 +323,7 @@ class Interpreter {
       p.output = to;
       p.output_pitch = total;
       if (part.numel() > 0) run_map(p, stream_);
-      to += part.size(1) * int64_t(like_.element_size());
+      to += part.size(1) * element_size_;
     }
     return made;
   }
@@ -302,8 +333,9 @@ class Interpreter {
   size_t at_ = 0;
   const Stream stream_;
   const Tensor& like_;
+  const int64_t element_size_;
   std::vector<Value> values_;
-  std::vector<bool> is_output_;
+  std::vector<const Output*> output_of_;  // by the value's number; null: it stays within
 };
 
 Tensors graph_op(const Tensors& inputs, const Tensors& constants, const Numbers& code) {

@@ -40,6 +40,7 @@ _ACTIVATION_METHODS = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "s
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 _ADD_METHODS = ("add", "add_")
 _POOL_FUNCTIONS = (F.max_pool2d, torch.max_pool2d)
+_POOL_OF_TWO = ((2, 2), (2, 2), (0, 0))
 _DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _DROPOUT_FUNCTIONS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "stochastic_depth"}
 _NORMS = {ours.Conv2d: (nn.BatchNorm2d, nn.SyncBatchNorm), ours.Conv1d: (nn.BatchNorm1d, nn.SyncBatchNorm)}
@@ -92,12 +93,7 @@ def _is_identity(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
             return False
         return kind is nn.Identity or (kind in _DROPOUT_MODULES and not module.training)
     if node.op == "call_function" and getattr(node.target, "__name__", "") in _DROPOUT_FUNCTIONS:
-        try:
-            bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            return False
-        bound.apply_defaults()
-        return bound.arguments.get("training") is False
+        return _arguments(node).get("training") is False
     return False
 
 
@@ -136,7 +132,7 @@ def _norm(node: fx.Node, modules: dict[str, nn.Module], memory: _Memory, taken: 
     if len(node.users) == 1 and within is None:
         user = next(iter(node.users))
         after = modules[str(user.target)] if user.op == "call_module" else None
-        if user not in taken and (after is None or _may_go(after)) and _activation_of(user, after, node) == "relu":
+        if user not in taken and (after is None or _may_go(after)) and activation_of(user, after, node) == "relu":
             grown = Chain(module, chain.name, [node, user], "relu", absorbed=[_label(user, after, chain.name)])
             if memory.may_move(grown):
                 return grown
@@ -208,13 +204,13 @@ def _step(
                 return None
         chain.residual, chain.add_into = other, into
         return _ADD, "add"
-    activation = _activation_of(user, module, last)
+    activation = activation_of(user, module, last)
     if activation is not None:
         if chain.activation is not None or chain.pool:
             return None
         chain.activation = activation
         return _ACTIVATION, label
-    if isinstance(chain.layer, ours.Conv2d) and _is_pool_of_two(user, module):
+    if isinstance(chain.layer, ours.Conv2d) and max_pool_of(user, module) == _POOL_OF_TWO:
         chain.pool = True
         return _POOL, label
     return None
@@ -259,7 +255,8 @@ def _added(node: fx.Node, value: fx.Node) -> fx.Node | None:
     return other if isinstance(other, fx.Node) and other is not value else None
 
 
-def _activation_of(node: fx.Node, module: nn.Module | None, value: fx.Node) -> str | None:
+def activation_of(node: fx.Node, module: nn.Module | None, value: fx.Node) -> str | None:
+    """The name of an activation of a value, in place or not."""
     if not node.args or node.args[0] is not value:
         return None
     rest, named = node.args[1:], dict(node.kwargs)
@@ -278,33 +275,33 @@ def _activation_of(node: fx.Node, module: nn.Module | None, value: fx.Node) -> s
     return name if not named and all(isinstance(item, bool) for item in rest) else None
 
 
-def _is_pool_of_two(node: fx.Node, module: nn.Module | None) -> bool:
+Pair = tuple[int, int]
+
+
+def max_pool_of(node: fx.Node, module: nn.Module | None) -> tuple[Pair, Pair, Pair] | None:
+    """Kernel, stride and padding (rows, columns) of a max pooling; None: of another call, or with other options."""
     if module is not None:
         if type(module) is not nn.MaxPool2d:
-            return False
+            return None
         values = vars(module)
     elif node.op == "call_function" and node.target in _POOL_FUNCTIONS:
         names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
         values = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
         values.update(zip(names, node.args[1:], strict=False))
         values.update(node.kwargs)
-        if values["stride"] == []:
-            values["stride"] = None
     else:
-        return False
-    stride = values["kernel_size"] if values["stride"] is None else values["stride"]
-    return (
-        _is_pair(values["kernel_size"], 2)
-        and _is_pair(stride, 2)
-        and _is_pair(values["padding"], 0)
-        and _is_pair(values["dilation"], 1)
-        and values["ceil_mode"] is False
-        and values["return_indices"] is False
-    )
+        return None
+    kernel, padding, dilation = (_pair(values[name]) for name in ("kernel_size", "padding", "dilation"))
+    stride = kernel if values["stride"] in (None, []) else _pair(values["stride"])
+    if kernel is None or stride is None or padding is None or dilation != (1, 1):
+        return None
+    return (kernel, stride, padding) if values["ceil_mode"] is values["return_indices"] is False else None
 
 
-def _is_pair(value: Any, of: int) -> bool:
-    return (type(value) is int and value == of) or (isinstance(value, tuple | list) and list(value) in ([of], [of, of]))
+def _pair(value: Any) -> Pair | None:
+    items = tuple(value) if isinstance(value, tuple | list) else (value,)
+    items = items * 2 if len(items) == 1 else items
+    return items if len(items) == 2 and all(type(item) is int for item in items) else None
 
 
 # Modules and functions whose result shares no memory with an argument.
@@ -338,11 +335,20 @@ def is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         return (
             in_operator
             or name.endswith("_")
-            or bool(node.kwargs.get("inplace"))
+            or _arguments(node).get("inplace", False) is not False
             or "out" in node.kwargs
-            or (node.target in ACTIVATION_FUNCTIONS and any(item is True for item in node.args[1:]))
         )
     return False
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a function by their names, with defaults; those of a built-in one, as far as they are named."""
+    try:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return dict(node.kwargs)
+    bound.apply_defaults()
+    return bound.arguments
 
 
 _NOT_IN_PLACE = ("inv", "invert", "is_", "is_not", "index", "indexOf", "itemgetter")

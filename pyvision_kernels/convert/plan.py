@@ -197,7 +197,8 @@ class _Writer:
         self.writes = any(is_in_place(node, modules) for node in nodes if node not in self.chain_at)
         for found, run in itertools.groupby(nodes, lambda node: self._instruction(node) is not None):
             together = list(run)
-            leaving = [node for node in together if not self._is_read_within(node, set(together))]
+            inside = set(together)
+            leaving = [node for node in together if not inside.issuperset(self.readers.get(node, []))]
             if found and leaving and len(together) > 1 and any(node in self.chain_at for node in together):
                 self._write_stretch(together, leaving)
             else:
@@ -218,10 +219,6 @@ class _Writer:
             return None if kind is None else (kind, self._reads(node), ())
         found = find_instruction(node, self.modules)
         return None if found is not None and found[0] == FLATTEN and self.writes else found
-
-    def _is_read_within(self, node: fx.Node, nodes: set[fx.Node]) -> bool:
-        """Whether nobody but these reads a value."""
-        return all(reader in nodes for reader in self.readers.get(node, []))
 
     def _write_stretch(self, nodes: list[fx.Node], outputs: list[fx.Node]) -> None:
         """A call of a Stretch, and the function that it calls where it does not fit."""

@@ -21,7 +21,6 @@ from pyvision_kernels._check import FLOATING
 from pyvision_kernels._op import declare
 from pyvision_kernels._packed import PLAIN, FoldedNorm, keeps, kept_by
 from pyvision_kernels.convert.steps import Conv2dStep, LinearStep, NormStep
-from pyvision_kernels.ops.conv2d.geometry import Geometry
 from pyvision_kernels.ops.conv2d.operator import TORCH, decide_for
 from pyvision_kernels.ops.linear import pack_for
 
@@ -41,47 +40,14 @@ def _pooled(size: int, kernel: int, stride: int, padding: int) -> int:
 
 
 def _fake(inputs, constants, code):
-    numbers = iter(code)
-    count, leaving = next(numbers), [next(numbers) for _ in range(next(numbers))]
-    sizes: list[Any] = [tuple(input.shape) for input in inputs]
-    contiguous: set[int] = set()
-    for _ in range(count):
-        kind = next(numbers)
-        if kind == CONCATENATE:
-            parts = [sizes[next(numbers)] for _ in range(next(numbers))]
-            size = (parts[0][0], sum(part[1] for part in parts), *parts[0][2:])
-        else:
-            size = sizes[next(numbers)]
-        if kind == CONV2D:
-            _, weight, *_ = [next(numbers) for _ in range(6)]
-            _, pool, channels_last, _ = [next(numbers) for _ in range(4)]
-            geometry = Geometry([next(numbers) for _ in range(10)])
-            outputs, _, *taps = constants[weight].shape
-            rows, columns = geometry.output_size(size[2:], taps)
-            size = (size[0], outputs, rows // 2, columns // 2) if pool else (size[0], outputs, rows, columns)
-            if not channels_last:
-                contiguous.add(len(sizes))
-        elif kind == LINEAR:
-            _, weight, *_ = [next(numbers) for _ in range(5)]
-            size = (size[0], constants[weight].shape[0])
-        elif kind == MEAN:
-            size = (*size[:2], 1, 1)
-        elif kind == MAX_POOL:
-            kernel, stride, padding = ([next(numbers), next(numbers)] for _ in range(3))
-            size = (*size[:2], *map(_pooled, size[2:], kernel, stride, padding))
-        elif kind == FLATTEN:
-            size = (size[0], size[1] * size[2] * size[3])
-        else:
-            for _ in range({SCALE: 1, AFFINE: 3, ACTIVATE: 1}.get(kind, 0)):
-                next(numbers)
-        sizes.append(size)
-        for _ in range(next(numbers)):
-            next(numbers)
-    made = [inputs[0].new_empty(sizes[value]) for value in leaving]
-    return [
-        map.contiguous(memory_format=torch.channels_last) if map.dim() == 4 and value not in contiguous else map
-        for map, value in zip(made, leaving, strict=True)
-    ]
+    header = iter(code[2:])
+    made = []
+    for _ in range(code[1]):
+        _, channels_last, rank = (next(header) for _ in range(3))
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        size = [next(header) for _ in range(rank)]
+        made.append(torch.empty(size, dtype=inputs[0].dtype, device=inputs[0].device, memory_format=layout))
+    return made
 
 
 graph_op = declare("_graph(Tensor[] inputs, Tensor[] constants, int[] code) -> Tensor[]", fake=_fake, cpu_only=True)
@@ -126,8 +92,12 @@ class Program:
         self.present = [tensor for tensor in self.tensors if tensor is not None]
         # Whether writes to all of them are; subclasses may have no memory of their own.
         self.counted = not any(type(tensor) not in PLAIN or tensor.is_inference() for tensor in self.present)
-        if not self.counted:
-            return
+        self.seen: tuple[Any, ...] = ()
+        self.kept: list[Any] = []
+        if self.counted:
+            self._assemble(stretch, arguments, back)
+
+    def _assemble(self, stretch: Stretch, arguments: Sequence[Tensor], back: bool) -> None:
         self.seen = self._look()
         assembler = _Assembler(self.constants, arguments, back)
         try:
@@ -176,22 +146,27 @@ class _Assembler:
         self.back = back
         self.sizes: list[Size] = [tuple(argument.shape) for argument in arguments]
         self.channels_last = [
-            argument.is_contiguous(memory_format=torch.channels_last) and not argument.is_contiguous()
-            if argument.dim() == 4
-            else True
+            argument.dim() == 4
+            and argument.is_contiguous(memory_format=torch.channels_last)
+            and not argument.is_contiguous()
             for argument in arguments
         ]
 
     def assemble(self, stretch: Stretch) -> list[int]:
-        code = [len(stretch.instructions), len(stretch.outputs), *stretch.outputs]
+        """The numbers of instructions and outputs, each output's place, layout, rank and size, the instructions."""
+        body: list[int] = []
         for instruction, dying in zip(stretch.instructions, stretch.dying, strict=True):
             size, numbers = _WRITERS[instruction.kind](self, instruction)
             if min(size) < 1:
                 raise DoesNotFit
             self.sizes.append(size)
-            self.channels_last.append(True)
-            code += [instruction.kind, *numbers, len(dying), *dying]
-        return code
+            self.channels_last.append(len(size) == 4 and not (instruction.leaves and self.back))
+            body += [instruction.kind, *numbers, len(dying), *dying]
+        header = [len(stretch.instructions), len(stretch.outputs)]
+        for value in stretch.outputs:
+            size = self.sizes[value]
+            header += [value, int(self.channels_last[value]), len(size), *size]
+        return header + body
 
     def _constant(self, tensor: Tensor | None) -> int:
         if tensor is None:
@@ -204,6 +179,10 @@ class _Assembler:
         if len(size) != 4 or min(size) < 1:
             raise DoesNotFit
         return size
+
+    def _map_or_row(self, value: int) -> Size:
+        """The size of a value [N, C, H, W], or [N, C], of any."""
+        return self.sizes[value] if len(self.sizes[value]) == 2 else self._map(value)
 
     def _weight(self, step: Any) -> Tensor:
         weight = step.parameters["weight"]
@@ -234,8 +213,7 @@ class _Assembler:
         self.made.append((step.packs, packed))
         scale, shift = (None, None) if step.norm is None else self._folded(step.norm)
         held = weight, step.parameters["bias"], scale, shift, packed
-        channels_last = not (instruction.leaves and self.back)
-        options = step.number, int(step.pool), int(channels_last), kernel
+        options = step.number, int(step.pool), kernel
         if step.pool:
             result = (*result[:2], rows // 2, columns // 2)
         return result, [value, residual, *map(self._constant, held), *options, *geometry.numbers]
@@ -276,18 +254,19 @@ class _Assembler:
 
     def scale(self, instruction: Instruction) -> tuple[Size, list[int]]:
         one, other = instruction.inputs
-        if self._map(one)[2:] == (1, 1):
+        if self._map_or_row(one)[2:] == (1, 1):
             one, other = other, one
-        if self._map(other) != (*self._map(one)[:2], 1, 1):
+        size = self._map_or_row(one)
+        if self._map_or_row(other) != (*size[:2], *[1] * len(size[2:])):
             raise DoesNotFit
-        return self.sizes[one], [one, other]
+        return size, [one, other]
 
     def same(self, instruction: Instruction) -> tuple[Size, list[int]]:
         value = instruction.inputs[0]
-        return self._map(value), [value, *instruction.numbers]
+        return self._map_or_row(value), [value, *instruction.numbers]
 
     def concatenate(self, instruction: Instruction) -> tuple[Size, list[int]]:
-        maps = [self._map(value) for value in instruction.inputs]
+        maps = [self._map_or_row(value) for value in instruction.inputs]
         (images, _, *pixels), channels = maps[0], sum(size[1] for size in maps)
         if any(size[0] != images or list(size[2:]) != pixels for size in maps):
             raise DoesNotFit
@@ -352,13 +331,12 @@ class Stretch:
     def _program(self, arguments: tuple[Tensor, ...], back: bool) -> Program | None:
         if _someone_watches():
             return None
-        if type(arguments[0]) is not Tensor:  # a factor may be a number
-            return None
-        dtype, grad = arguments[0].dtype, torch.is_grad_enabled()
-        for argument in arguments:
-            plain = type(argument) is Tensor and argument.is_cpu and argument.dtype is dtype
+        first, grad = arguments[0], torch.is_grad_enabled()
+        for argument in arguments:  # a factor may be a number
+            plain = type(argument) is Tensor and argument.is_cpu and argument.dtype is first.dtype
             if not plain or (grad and argument.requires_grad):
                 return None
+        dtype = first.dtype
         if dtype not in FLOATING:
             return None
         key = back, CHOICE.key, dtype, *[(argument.shape, argument.stride()) for argument in arguments]

@@ -1,7 +1,7 @@
 """Which kernel computes a convolution: the rule behind `pvk.backend("auto")`, by shape alone.
 
-It rests on ratios to PyTorch of the layers in bench_cases.py and of others like them, one thread, packed weights;
-docs/ops/conv2d.md says it in words.
+It rests on ratios to PyTorch of the layers in bench_cases.py and of others like them, packed weights, one thread (two
+for 1x1); docs/ops/conv2d.md says it in words.
 """
 
 from __future__ import annotations
