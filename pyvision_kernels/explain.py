@@ -21,6 +21,7 @@ _TORCH = {
     "aten::addmm": "linear",
     "aten::mm": "linear",
     "aten::linear": "linear",
+    "aten::native_layer_norm": "layer_norm",
 }
 
 
@@ -28,7 +29,7 @@ def explain(layer_or_function: Callable[..., Any], *inputs: Any, **options: Any)
     """Names the kernels that a layer, a model or a function takes for these inputs, by calling it once.
 
     The call is made without gradients, in the modes, and under the `pvk.backend`, that are in force. Listed are all
-    operators of ours, and PyTorch's convolutions and matrix products, in their order.
+    operators of ours, and PyTorch's convolutions, matrix products and normalisations, in their order.
 
     Args:
         layer_or_function (callable): A layer, a model, or a function such as `pvk.ops.conv2d`.

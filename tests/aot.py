@@ -74,6 +74,12 @@ OPCODES = {
     "generalized_box_iou_loss": [
         ("box_iou_loss_backward_kernel<float", r"STG\.E\.128", "a box's gradient is one 16-byte store"),
     ],
+    "layer_norm": [
+        ("layer_norm_forward_kernel<float, 4", r"LDG\.E\.128", "16-byte loads of rows"),
+        ("layer_norm_forward_kernel<float, 4", r"STG\.E\.128", "16-byte stores of rows"),
+        ("layer_norm_forward_kernel<__nv_bfloat16, 8", r"LDG\.E\.128", "16-byte loads of rows"),
+        ("layer_norm_backward_input_kernel<float, 4", r"STG\.E\.128", "16-byte stores of the gradient"),
+    ],
     "nms": [
         ("nms_resolve_kernel", r"REDUX\.OR", "mask words are merged by the warp's own reduction"),
         ("nms_compare_kernel<float>", r"LDS\.128", "a box is one shared-memory read"),
@@ -84,6 +90,7 @@ OPCODES = {
 FORBIDDEN = {
     "ps_roi_align": [("ps_roi_align_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
     "nms": [("nms_soft_", r"\b(ATOMG?|RED)\.", "scores are decayed in one order: no atomics, deterministic")],
+    "layer_norm": [("layer_norm_", r"\b(ATOMG?|RED)\.", "sums over rows are made in parts, which are added in order")],
     "box_iou": [("box_iou_", r"\b(ATOMG?|RED)\.", "sums are in one order: no atomics")],
     "generalized_box_iou_loss": [("box_iou_loss_", r"\b(ATOMG?|RED)\.", "sums are in one order: no atomics")],
     "roi_align": [("roi_align_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],

@@ -40,11 +40,17 @@ LAYERS = {
     "linear_of_maps": (nn.Linear, (7, 5), {"bias": False}, (2, 3, 4, 7)),
     "linear_of_a_vector": (nn.Linear, (7, 5), {}, (7,)),
 }
+LAYERS_WITHOUT_ACTIVATION = {
+    "layer_norm": (nn.LayerNorm, (7,), {}, (3, 7)),
+    "layer_norm_of_maps": (nn.LayerNorm, ((3, 4),), {"bias": False, "eps": 1e-3}, (2, 5, 3, 4)),
+    "layer_norm_without_affine": (nn.LayerNorm, (7,), {"elementwise_affine": False}, (7,)),
+}
 every_layer = pytest.mark.parametrize("name", LAYERS)
+every_layer_and_norm = pytest.mark.parametrize("name", [*LAYERS, *LAYERS_WITHOUT_ACTIVATION])
 
 
 def _pair(name, dtype=torch.float64, **more):
-    stock_class, args, kwargs, size = LAYERS[name]
+    stock_class, args, kwargs, size = {**LAYERS, **LAYERS_WITHOUT_ACTIVATION}[name]
     stock = stock_class(*args, **kwargs, dtype=dtype)
     ours = getattr(pvk.nn, stock_class.__name__)(*args, **kwargs, **more, dtype=dtype)
     ours.load_state_dict(stock.state_dict())
@@ -55,7 +61,7 @@ def _assert_close(ours, stock):
     torch.testing.assert_close(ours, stock, rtol=1e-12, atol=1e-12)
 
 
-@every_layer
+@every_layer_and_norm
 def test_layers_compute_what_torch_does(name):
     stock, ours, input = _pair(name)
     for call in range(2):  # the second with what the first has packed
@@ -67,7 +73,7 @@ def test_layers_compute_what_torch_does(name):
     assert isinstance(ours, type(stock))
 
 
-@every_layer
+@every_layer_and_norm
 @pytest.mark.parametrize("train", [True, False])
 def test_layers_have_the_gradients_of_torch(name, train):
     stock, ours, input = _pair(name)
@@ -88,7 +94,7 @@ def test_an_activation_is_applied(name):
     assert "activation='hardswish'" in repr(ours)
 
 
-@every_layer
+@every_layer_and_norm
 def test_an_instance_of_torch_becomes_ours_by_its_class(name):
     stock, _, input = _pair(name)
     with torch.no_grad():
@@ -227,7 +233,7 @@ def test_what_is_packed_under_inference_mode_serves_autograd():
     _assert_close(torch.autograd.grad(ours(leaf).sum(), leaf), expected)
 
 
-@every_layer
+@every_layer_and_norm
 def test_copies_and_pickles_carry_no_packed_weight(name):
     _, ours, input = _pair(name)
     expected = ours(input)
@@ -295,7 +301,7 @@ def test_torch_func_and_autocast(name):
         assert torch.equal(ours(input), stock(input))
 
 
-@every_layer
+@every_layer_and_norm
 def test_bad_input_is_refused_in_the_words_of_torch(name):
     stock, ours, input = _pair(name)
     for bad in (input[..., :0], input.sum(), input.transpose(0, -1), input.float(), input.long()):
@@ -306,7 +312,8 @@ def test_bad_input_is_refused_in_the_words_of_torch(name):
                 ours(bad)
             assert str(caught.value) == str(error)  # noqa: PT017
         else:
-            _assert_close(ours(bad), expected)
+            close = 1e-12 if expected.dtype == torch.float64 else 1e-6
+            torch.testing.assert_close(ours(bad), expected, rtol=close, atol=close)
 
 
 def test_an_unknown_activation_is_refused():

@@ -14,6 +14,7 @@ TABLE = {
     "torch.nn.modules.conv.Conv1d": "pyvision_kernels.nn.Conv1d",
     "torch.nn.modules.conv.Conv2d": "pyvision_kernels.nn.Conv2d",
     "torch.nn.modules.linear.Linear": "pyvision_kernels.nn.Linear",
+    "torch.nn.modules.normalization.LayerNorm": "pyvision_kernels.nn.LayerNorm",
     "torchvision.ops.roi_align.RoIAlign": "pyvision_kernels.nn.RoIAlign",
     "torchvision.ops.roi_pool.RoIPool": "pyvision_kernels.nn.RoIPool",
     "torchvision.ops.ps_roi_align.PSRoIAlign": "pyvision_kernels.nn.PSRoIAlign",

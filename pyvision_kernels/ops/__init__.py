@@ -7,6 +7,7 @@ from pyvision_kernels.ops.generalized_box_iou_loss import (
     distance_box_iou_loss,
     generalized_box_iou_loss,
 )
+from pyvision_kernels.ops.layer_norm import layer_norm
 from pyvision_kernels.ops.linear import linear
 from pyvision_kernels.ops.nms import batched_nms, batched_nms_padded, nms, soft_nms
 from pyvision_kernels.ops.ps_roi_align import ps_roi_align, ps_roi_pool
@@ -28,6 +29,7 @@ __all__ = [
     "distance_box_iou_loss",
     "generalized_box_iou",
     "generalized_box_iou_loss",
+    "layer_norm",
     "linear",
     "multiscale_roi_align",
     "nms",

@@ -1,0 +1,103 @@
+"""What the normalisation ops share: checks of weight and bias, casts under autocast, vmap one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyvision_kernels._check import FLOATING, require, require_tensors
+
+_DTYPES = frozenset(FLOATING)
+HALF = (torch.float16, torch.bfloat16)
+
+
+def opmath(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def fits(input: Tensor, size: Sequence[int], other: Tensor | None) -> bool:
+    """Whether a tensor is absent or has the size, and the dtype of an input that the kernels take, and its device."""
+    if other is None:
+        return input.dtype in _DTYPES
+    dtype = other.dtype
+    return dtype is input.dtype and dtype in _DTYPES and other.shape == size and other.device == input.device
+
+
+def require_all_tensors(op: str, **arguments: Tensor | None) -> None:
+    for value in arguments.values():
+        if not isinstance(value, Tensor) and value is not None:
+            break
+    else:
+        if arguments["input"] is not None:
+            return
+    required = {name: value for name, value in arguments.items() if value is not None or name == "input"}
+    require_tensors(op, **required)
+
+
+def check_input(op: str, input: Tensor) -> None:
+    if input.dtype not in FLOATING:
+        raise NotImplementedError(
+            f"{op}: expected input to be float16, bfloat16, float32 or float64, but got {input.dtype}"
+        )
+
+
+def check_residual(op: str, residual: Tensor, input: Tensor) -> None:
+    require(residual.shape == input.shape, op, f"residual to have size {list(input.shape)} of input", residual.shape)
+    require(residual.dtype == input.dtype, op, f"residual to be {input.dtype} as input is", residual.dtype)
+    require(residual.device == input.device, op, f"residual to be on {input.device} as input is", residual.device)
+
+
+def check_vectors(op: str, input: Tensor, size: Sequence[int], **vectors: Tensor | None) -> None:
+    """Each of the size, of input's dtype or float32 beside 16 bits, and all of one dtype."""
+    seen: torch.dtype | None = None
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        require(tuple(vector.shape) == tuple(size), op, f"{name} to have size {list(size)}", vector.shape)
+        beside = vector.dtype == torch.float32 and input.dtype in HALF
+        require(
+            vector.dtype == input.dtype or beside,
+            op,
+            f"{name} to be {input.dtype} as input is" + (", or float32" if input.dtype in HALF else ""),
+            vector.dtype,
+        )
+        require(seen in (None, vector.dtype), op, f"{name} to be {seen} as others are", vector.dtype)
+        require(vector.device == input.device, op, f"{name} to be on {input.device} as input is", vector.device)
+        seen = vector.dtype
+
+
+def cast_as_torch(*args: Any) -> tuple[Any, ...]:
+    """PyTorch's autocast: float32 on CUDA; on the CPU as it comes."""
+    if args[0].device.type == "cpu":
+        return args
+    return tuple(arg.float() if isinstance(arg, Tensor) and arg.dtype in HALF else arg for arg in args)
+
+
+def one_by_one(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """A vmap rule: the op for each item, the results stacked."""
+
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        items = [
+            arg.unbind(dim) if isinstance(arg, Tensor) and dim is not None else (arg,) * info.batch_size
+            for arg, dim in zip(args, in_dims, strict=True)
+        ]
+        results = [op(*item) for item in zip(*items, strict=True)]
+        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return vmap
+
+
+def batched(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """Contiguous, with the vmap dimension in front; expanded where it has none."""
+    if tensor is None:
+        return None
+    return (tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)).contiguous()
+
+
+def dense(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()

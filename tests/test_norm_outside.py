@@ -1,0 +1,208 @@
+"""Normalisation against test inputs that others wrote: PyTorch's own (op_db, module_db) and ONNX's."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pyvision_kernels as pvk
+
+with warnings.catch_warnings():  # of packages that these would like to have
+    warnings.simplefilter("ignore")
+    from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal.common_modules import module_db
+
+OURS = {
+    "nn.functional.layer_norm": pvk.ops.layer_norm,
+}
+LAYERS = ("LayerNorm",)
+THEIRS = {entry.name: entry for entry in op_db if entry.name in OURS and not entry.variant_test_name}
+NATIVE = {"native_layer_norm": "nn.functional.layer_norm"}  # whose error inputs are those of the function
+MODULES = {entry.module_cls: entry for entry in module_db}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+REFUSED = (RuntimeError, ValueError, TypeError, NotImplementedError)
+OUR_WORDS = re.compile(r"^(layer_norm|group_norm|batch_norm): expected .*, but got ", re.DOTALL)
+
+by_op = pytest.mark.parametrize("name", OURS)
+
+
+@pytest.fixture(autouse=True)
+def our_kernels():
+    torch.manual_seed(0)
+    with pvk.backend("pvk"):
+        yield
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    if found.numel() == 0:
+        return 0.0
+    return ((found.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)).item()
+
+
+def _wide(value: Any) -> Any:
+    return value.detach().double() if isinstance(value, Tensor) else value
+
+
+def _copy(value: Any) -> Any:
+    """Running statistics are written."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _assert_as_good(ours: Tensor, theirs: Tensor, exact: Tensor, what: object) -> None:
+    """The rule of docs/design.md: at most twice PyTorch's error, and one unit; in float64, where that error is taken
+    for none, eight units."""
+    assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device), what
+    units = 8 if ours.dtype == torch.float64 else 1
+    error, allowed = _error(ours, exact), 2 * _error(theirs, exact) + units * torch.finfo(ours.dtype).eps
+    assert error <= allowed, (what, error, allowed)
+
+
+@by_op
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_samples_of_op_db(name, dtype, device):
+    count = 0
+    for sample in THEIRS[name].sample_inputs(device, dtype):
+        results = [
+            function(*map(change, (sample.input, *sample.args)), **{k: change(v) for k, v in sample.kwargs.items()})
+            for function, change in ((OURS[name], _copy), (THEIRS[name].op, _copy), (THEIRS[name].op, _wide))
+        ]
+        _assert_as_good(*results, sample)
+        count += 1
+    assert count >= 5
+
+
+@by_op
+def test_gradients_of_the_samples_of_op_db(name, device):
+    for sample in THEIRS[name].sample_inputs(device, torch.float64, requires_grad=True):
+        arguments = (sample.input, *sample.args)
+        leaves = [v for v in (*arguments, *sample.kwargs.values()) if isinstance(v, Tensor) and v.requires_grad]
+        results = [function(*arguments, **sample.kwargs) for function in (OURS[name], THEIRS[name].op)]
+        direction = torch.randn_like(results[0])
+        ours, theirs = (torch.autograd.grad(result, leaves, direction) for result in results)
+        torch.testing.assert_close(ours, theirs)
+
+
+def _error_inputs(device: str) -> list[tuple[str, Any]]:
+    entries = [(entry, NATIVE.get(entry.name, entry.name)) for entry in op_db]
+    return [
+        (name, wrong.sample_input)
+        for entry, name in entries
+        if name in OURS and entry.error_inputs_func
+        for wrong in entry.error_inputs(device)
+    ]
+
+
+def test_error_inputs_of_op_db(device):
+    found = _error_inputs(device)
+    for name, sample in found:
+        arguments, options = list(sample.args), dict(sample.kwargs)
+        if name == "nn.functional.layer_norm" and len(arguments) == 4:
+            options["eps"] = arguments.pop()
+        with pytest.raises(REFUSED) as caught:
+            OURS[name](sample.input, *arguments, **options)
+        assert OUR_WORDS.match(str(caught.value)), (sample, caught.value)
+    assert len(found) >= 2
+
+
+@by_op
+def test_integers_and_complex_numbers_are_refused(name, device):
+    sample = next(iter(THEIRS[name].sample_inputs(device, torch.float32)))
+    for dtype in (torch.int64, torch.uint8, torch.complex64):
+        with pytest.raises(REFUSED, match=r"float16, bfloat16, float32 or float64, but got"):
+            OURS[name](sample.input.to(dtype), *sample.args, **sample.kwargs)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_samples_of_module_db(layer, dtype, training, device):
+    stock_class, our_class = getattr(torch.nn, layer), getattr(pvk.nn, layer)
+    entry = MODULES[stock_class]
+    assert dtype in entry.dtypes
+    count = 0
+    for sample in entry.module_inputs_func(entry, device, dtype, requires_grad=False, training=training):
+        made, given = sample.constructor_input, sample.forward_input
+        kwargs = {**made.kwargs, "device": device, "dtype": dtype}
+        ours, stock, exact = (
+            cls(*made.args, **kwargs).train(training) for cls in (our_class, stock_class, stock_class)
+        )
+        for other in (stock, exact):
+            other.load_state_dict(ours.state_dict())
+        exact.double()
+        results = [
+            module(*map(change, given.args)) for module, change in ((ours, _copy), (stock, _copy), (exact, _wide))
+        ]
+        _assert_as_good(*results, sample)
+        for name, value in exact.state_dict().items():
+            if value.is_floating_point():
+                _assert_as_good(ours.state_dict()[name], stock.state_dict()[name], value, (sample, name))
+            else:
+                assert torch.equal(ours.state_dict()[name], value)
+        count += 1
+    assert count >= 1
+
+
+OPERATORS = {"LayerNormalization": "layernormalization"}
+
+
+def _onnx_cases() -> dict[str, Any]:
+    """ONNX's backend node tests of these operators by name; none where onnx is absent.
+
+    Its public loader makes the cases of all operators, which takes half a minute: these are those of single modules.
+    """
+    package = "onnx.backend.test.case.node"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for module in OPERATORS.values():
+                importlib.import_module(f"{package}.{module}")
+    except ImportError:
+        return {}
+    made = importlib.import_module(package)._NodeTestCases
+    # Each comes a second time with the operator expanded into others.
+    return {case.name: case for case in made if case.model.graph.node[0].op_type in OPERATORS}
+
+
+ONNX = _onnx_cases()
+needs_onnx = pytest.mark.skipif(not ONNX, reason="onnx is not installed")
+
+
+def _layer_norm(options: dict[str, Any], input: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Tensor]:
+    """The output, and by the definition the mean and the inverse deviation that ONNX returns beside it."""
+    axis = options.get("axis", -1) % input.dim()
+    shape = input.shape[axis:]
+    eps = options.get("epsilon", 1e-5)
+    bias = None if bias is None else bias.expand(shape)
+    dims = tuple(range(axis, input.dim()))
+    rstd = (input.var(dims, correction=0, keepdim=True) + eps).rsqrt()
+    return [pvk.ops.layer_norm(input, shape, weight.expand(shape), bias, eps), input.mean(dims, keepdim=True), rstd]
+
+
+RUN = {"LayerNormalization": _layer_norm}
+
+
+@needs_onnx
+@pytest.mark.parametrize("name", sorted(ONNX))
+def test_onnx_backend_node(name, device):
+    import onnx
+
+    case = ONNX[name]
+    (node,) = case.model.graph.node
+    options = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+    for inputs, outputs in case.data_sets:
+        found = RUN[node.op_type](options, *(torch.tensor(array, device=device) for array in inputs))
+        for ours, expected in zip(found, outputs, strict=False):
+            torch.testing.assert_close(ours.cpu(), torch.tensor(expected), rtol=case.rtol, atol=case.atol)
+
+
+@needs_onnx
+def test_onnx_cases_are_all_there():
+    assert {case.model.graph.node[0].op_type for case in ONNX.values()} == set(OPERATORS)
+    assert len(ONNX) >= 15
