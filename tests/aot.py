@@ -74,6 +74,11 @@ OPCODES = {
     "generalized_box_iou_loss": [
         ("box_iou_loss_backward_kernel<float", r"STG\.E\.128", "a box's gradient is one 16-byte store"),
     ],
+    "batch_norm": [
+        ("batch_norm_forward_kernel<float, 4", r"LDG\.E\.128", "16-byte loads of the map"),
+        ("batch_norm_forward_kernel<__nv_bfloat16, 8", r"STG\.E\.128", "16-byte stores of the map"),
+        ("batch_norm_backward_input_kernel<float, 4", r"STG\.E\.128", "16-byte stores of the gradient"),
+    ],
     "layer_norm": [
         ("layer_norm_forward_kernel<float, 4", r"LDG\.E\.128", "16-byte loads of rows"),
         ("layer_norm_forward_kernel<float, 4", r"STG\.E\.128", "16-byte stores of rows"),
@@ -90,6 +95,7 @@ OPCODES = {
 FORBIDDEN = {
     "ps_roi_align": [("ps_roi_align_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
     "nms": [("nms_soft_", r"\b(ATOMG?|RED)\.", "scores are decayed in one order: no atomics, deterministic")],
+    "batch_norm": [("batch_norm_", r"\b(ATOMG?|RED)\.", "parts of a channel are merged in order")],
     "layer_norm": [("layer_norm_", r"\b(ATOMG?|RED)\.", "sums over rows are made in parts, which are added in order")],
     "box_iou": [("box_iou_", r"\b(ATOMG?|RED)\.", "sums are in one order: no atomics")],
     "generalized_box_iou_loss": [("box_iou_loss_", r"\b(ATOMG?|RED)\.", "sums are in one order: no atomics")],

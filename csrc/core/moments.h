@@ -31,9 +31,29 @@ PVK_INLINE T sum_of_lanes(Vec<T> value) {
   }
 }
 
+// Sums of registers in double: what the sums of a few registers in T are added to, lest long chains round.
+template <typename T>
+struct WideSum {
+  Vec<double> low{}, high{};
+
+  PVK_INLINE void add(Vec<T> value) {
+    if constexpr (sizeof(T) == 8) {
+      low += value;
+    } else {
+      typedef float Half __attribute__((vector_size(kRegisterBytes / 2)));
+      Half half[2];
+      std::memcpy(half, &value, sizeof(half));
+      low += __builtin_convertvector(half[0], Vec<double>);
+      high += __builtin_convertvector(half[1], Vec<double>);
+    }
+  }
+  PVK_INLINE double value() const { return sum_of_lanes<double>(low + high); }
+};
+
 template <typename T>
 struct Moments {
   T mean, square;  // square: the sum of (x - mean)^2
+  double exact_mean;
 
   // 1 / sqrt(variance + eps) of `count` elements.
   PVK_INLINE T reciprocal_deviation(int64_t count, double eps) const {
@@ -92,7 +112,8 @@ PVK_INLINE Moments<opmath_t<scalar_t>> moments_of_row(const scalar_t* row, int64
   });
   const T missed = sum_of_lanes<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
   const T squares = sum_of_lanes<T>((square[0] + square[1]) + (square[2] + square[3])) - missed * (missed * share);
-  return {center + missed * share, squares < T(0) ? T(0) : squares};
+  const T rest = missed * share;
+  return {center + rest, squares < T(0) ? T(0) : squares, double(center) + double(rest)};
 }
 
 }  // namespace pvk::PVK_ISA

@@ -23,6 +23,12 @@ PVK_INLINE Vec<opmath_t<scalar_t>> load_first(const scalar_t* source, int64_t co
 #if defined(__AVX512F__)
   if constexpr (sizeof(scalar_t) == 4) return (Vec<T>)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), source);
   if constexpr (sizeof(scalar_t) == 8) return (Vec<T>)_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), source);
+  if constexpr (sizeof(scalar_t) == 2) {
+    scalar_t whole[kLanes<T>];
+    const __m256i raw = _mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), source);
+    std::memcpy(whole, &raw, sizeof(raw));
+    return load(whole);
+  }
 #elif defined(__AVX2__)
   if constexpr (sizeof(scalar_t) == 4) return (Vec<T>)_mm256_maskload_ps(source, (__m256i)first_lanes<T>(count));
   if constexpr (sizeof(scalar_t) == 8) return (Vec<T>)_mm256_maskload_pd(source, (__m256i)first_lanes<T>(count));
@@ -40,6 +46,13 @@ PVK_INLINE void store_first(scalar_t* target, Vec<opmath_t<scalar_t>> value, int
     return _mm512_mask_storeu_ps(target, __mmask16((1u << count) - 1), (__m512)value);
   if constexpr (sizeof(scalar_t) == 8)
     return _mm512_mask_storeu_pd(target, __mmask8((1u << count) - 1), (__m512d)value);
+  if constexpr (sizeof(scalar_t) == 2) {
+    scalar_t whole[kLanes<T>];
+    store(whole, value);
+    __m256i raw;
+    std::memcpy(&raw, whole, sizeof(raw));
+    return _mm256_mask_storeu_epi16(target, __mmask16((1u << count) - 1), raw);
+  }
 #elif defined(__AVX2__)
   if constexpr (sizeof(scalar_t) == 4)
     return _mm256_maskstore_ps(target, (__m256i)first_lanes<T>(count), (__m256)value);

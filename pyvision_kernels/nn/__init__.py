@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyvision_kernels.nn.conv import Conv1d, Conv2d
 from pyvision_kernels.nn.linear import Linear
-from pyvision_kernels.nn.norm import LayerNorm
+from pyvision_kernels.nn.norm import BatchNorm1d, BatchNorm2d, LayerNorm
 from pyvision_kernels.nn.ps_roi_align import PSRoIAlign, PSRoIPool
 from pyvision_kernels.nn.roi_align import RoIAlign
 from pyvision_kernels.nn.roi_pool import RoIPool
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from pyvision_kernels.nn.multiscale_roi_align import MultiScaleRoIAlign
 
 __all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
     "Conv1d",
     "Conv2d",
     "LayerNorm",

@@ -1,0 +1,309 @@
+"""Batch normalisation: schema, checks, gradient, running statistics, the rule of `auto`, and the public function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyvision_kernels import _activation
+from pyvision_kernels._backend import CHOICE
+from pyvision_kernels._check import require
+from pyvision_kernels._norm import (
+    check_input,
+    check_residual,
+    check_vectors,
+    dense,
+    fits,
+    one_by_one,
+    opmath,
+    require_all_tensors,
+)
+from pyvision_kernels._op import Op, declare
+from pyvision_kernels.ops.batch_norm import reference
+
+_OP = "batch_norm"
+_BY_KERNEL = (0, 1, 2)  # none, relu, relu6: activations whose gradient the kernel takes
+
+
+def _check(input, residual, weight, bias, running_mean, running_var, training) -> None:
+    require(input.dim() >= 2, _OP, "input to have at least 2 dimensions [N, C, ...]", input.shape)
+    check_input(_OP, input)
+    if residual is not None:
+        check_residual(_OP, residual, input)
+    size = (input.shape[1],)
+    check_vectors(_OP, input, size, weight=weight, bias=bias)
+    check_vectors(_OP, input, size, running_mean=running_mean, running_var=running_var)
+    require(
+        training or (running_mean is not None and running_var is not None),
+        _OP,
+        "running_mean and running_var to be Tensors when training is False",
+        None,
+    )
+
+
+def _fake(input, residual, weight, bias, running_mean, running_var, training, eps, activation):
+    _check(input, residual, weight, bias, running_mean, running_var, training)
+    return torch.empty_like(input), input.new_empty((3, input.shape[1]), dtype=opmath(input.dtype))
+
+
+def _fake_backward(grad, input, output, stats, weight, bias, training, activation, *needs):
+    made = zip((input, input, weight, bias), needs, strict=True)
+    return tuple(torch.empty_like(like) if needed else input.new_empty((0,)) for like, needed in made)
+
+
+def _setup(ctx, inputs, output):
+    input, residual, weight, bias, running_mean, running_var, ctx.training, ctx.eps, ctx.activation = inputs
+    result, stats = output
+    by_input = _activation.needs_input(ctx.activation)
+    result = result if ctx.activation != 0 and not by_input else None
+    ctx.save_for_backward(input, residual if by_input else None, weight, bias, running_mean, running_var, result, stats)
+    ctx.mark_non_differentiable(stats)
+
+
+def _before(ctx, grad):
+    """The gradient before the activation, in differentiable steps."""
+    input, residual, weight, bias, mean, var, at, _ = ctx.saved_tensors
+    if _activation.needs_input(ctx.activation):
+        # In float32 beside 16 bits: a derivative that jumps is taken on the right side.
+        wide = [
+            value if value is None or value.dtype == torch.float64 else value.float()
+            for value in (input, residual, weight, bias, mean, var)
+        ]
+        at = batch_norm_op(*wide, ctx.training, ctx.eps, 0)[0]
+    return _activation.backward(ctx.activation, grad, at).to(input.dtype)
+
+
+def _backward(ctx, grad, _):
+    input, _, weight, bias, mean, var, result, stats = ctx.saved_tensors
+    needs_input, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+    activation = ctx.activation
+    if torch.is_grad_enabled():  # PyTorch's is differentiable again
+        grad = by_residual = grad if activation == 0 else _before(ctx, grad)
+        needs = (needs_input, needs_weight, needs_bias)
+        by_input, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, input, weight, mean, var, stats[0], stats[1], ctx.training, ctx.eps, needs
+        )
+    else:
+        if activation not in _BY_KERNEL:
+            grad, activation, result = _before(ctx, grad), 0, None
+        grad = _as(input, grad)
+        by_kernel = needs_residual and activation != 0
+        by_input, by_residual, by_weight, by_bias = batch_norm_backward_op(
+            grad,
+            input,
+            result,
+            stats,
+            weight,
+            bias,
+            ctx.training,
+            activation,
+            needs_input,
+            by_kernel,
+            needs_weight,
+            needs_bias,
+        )
+        by_residual = by_residual if by_kernel else grad
+    return (
+        by_input if needs_input else None,
+        by_residual if needs_residual else None,
+        by_weight if needs_weight else None,
+        by_bias if needs_bias else None,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+def _as(input: Tensor, map: Tensor) -> Tensor:
+    """A map in the memory order of the input, which is contiguous or channels_last."""
+    if input.is_contiguous():
+        return map if map.is_contiguous() else map.contiguous()
+    return map.contiguous(memory_format=torch.channels_last)
+
+
+def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    return one_by_one(_each)(info, in_dims, *args)
+
+
+def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> Any:
+    return one_by_one(_each_backward)(info, in_dims, *args)
+
+
+def _each(input, residual, *rest):
+    input = _laid_out(input)
+    return batch_norm_op(input, None if residual is None else _as(input, residual), *rest)
+
+
+def _each_backward(grad, input, output, *rest):
+    input = _laid_out(input)
+    return batch_norm_backward_op(_as(input, grad), input, None if output is None else _as(input, output), *rest)
+
+
+def _laid_out(input: Tensor) -> Tensor:
+    """Contiguous or channels_last."""
+    if input.is_contiguous() or (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)):
+        return input
+    if input.dim() == 4 and torch._prims_common.suggest_memory_format(input) == torch.channels_last:
+        return input.contiguous(memory_format=torch.channels_last)
+    return input.contiguous()
+
+
+batch_norm_backward_op: Op = declare(
+    "_batch_norm_backward(Tensor grad, Tensor input, Tensor? output, Tensor stats, Tensor? weight, Tensor? bias, "
+    "bool training, int activation, bool needs_input, bool needs_residual, bool needs_weight, bool needs_bias) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_backward,
+    vmap=_vmap_backward,
+)
+
+batch_norm_op: Op = declare(
+    "batch_norm(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? running_mean, "
+    "Tensor? running_var, bool training, float eps, int activation) -> (Tensor, Tensor)",
+    fake=_fake,
+    setup_context=_setup,
+    backward=_backward,
+    vmap=_vmap,
+)
+
+
+def torch_is_faster(device: str) -> bool:
+    """Nowhere on the CPU, by what was measured."""
+    return device == "cuda"  # ours has not been timed there
+
+
+def run(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """batch_norm of arguments whose types are right, by the kernel that the rule picks."""
+    if input.numel() == 0:  # PyTorch's: its result is empty too, and no statistics are updated
+        return reference.batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            residual=residual,
+            activation=activation,
+        )
+    size = input.shape[1:2]
+    if not (
+        len(size) == 1
+        and fits(input, size, weight)
+        and fits(input, size, bias)
+        and (training or running_mean is not None)
+        and (running_mean is None) == (running_var is None)
+        and fits(input, size, running_mean)
+        and fits(input, size, running_var)
+        and (residual is None or fits(input, input.shape, residual))
+    ):
+        _check(input, residual, weight, bias, running_mean, running_var, training)  # mixed dtypes, or an error
+    if training:
+        if input.numel() == input.shape[1]:
+            raise ValueError(
+                f"{_OP}: expected input to have more than 1 value per channel when training, but got input size "
+                f"{list(input.shape)}"
+            )
+        if eps <= 0:
+            raise ValueError(f"{_OP}: expected eps to be positive when training, but got {eps}")
+    elif eps < 0:
+        raise ValueError(f"{_OP}: expected eps to be non-negative, but got {eps}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(f"{_OP}: expected running_mean and running_var to both be None or Tensors, but got one")
+    mode = CHOICE.backend
+    if mode == "torch" or (mode == "auto" and torch_is_faster(input.device.type)):
+        return reference.batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            residual=residual,
+            activation=activation,
+        )
+    input = _laid_out(input)
+    if residual is not None:
+        residual = _as(input, residual)
+    number = _activation.NUMBERS[activation]
+    kept = (None, None) if training else (dense(running_mean), dense(running_var))
+    output, stats = batch_norm_op(input, residual, dense(weight), dense(bias), *kept, training, eps, number)
+    if training and running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.mul_(1 - momentum).add_(stats[0], alpha=momentum)
+            running_var.mul_(1 - momentum).add_(stats[2], alpha=momentum)
+    return output
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """Normalises each channel over the batch, with a residual and an activation in the same pass.
+
+    ``activation((input - mean) / sqrt(variance + eps) * weight + bias + residual)``, in training with the mean and the
+    biased variance of the batch, else with the running ones. In training the running ones move to the batch's mean and
+    unbiased variance by ``momentum``, in place. Matches `torch.nn.functional.batch_norm`; statistics, and what comes
+    after them, are in float32 for 16-bit types, and rounded once.
+
+    Args:
+        input (Tensor[N, C, ...]): float16, bfloat16, float32 or float64; any strides.
+        running_mean (Tensor[C]): Of input's dtype, or float32 beside a 16-bit input; None: not tracked.
+        running_var (Tensor[C]): The same.
+        weight (Tensor[C]): Of input's dtype, or float32 beside a 16-bit input.
+        bias (Tensor[C]): Of weight's dtype.
+        training (bool): Whether the batch's statistics are used, and tracked. Default: False.
+        momentum (float): Of the running statistics. Default: 0.1.
+        eps (float): Added to the variance. Default: 1e-5.
+        residual (Tensor): Added before the activation; of input's size and dtype.
+        activation (str): ``"relu"``, ``"relu6"``, ``"hardswish"``, ``"silu"``, ``"gelu"``, ``"sigmoid"`` or None.
+
+    Returns:
+        Tensor of input's size, dtype and memory format.
+
+    Raises:
+        RuntimeError: sizes, dtypes or devices do not fit each other.
+        ValueError: one value a channel in training, ``eps`` or ``activation`` is not to be had.
+        NotImplementedError: ``input`` is of another dtype.
+        TypeError: an argument is not a Tensor.
+
+    Note: deterministic forward and backward. Double backward is PyTorch's.
+    Reference: Ioffe and Szegedy, Batch Normalization, 2015.
+    """
+    require_all_tensors(
+        _OP,
+        input=input,
+        running_mean=running_mean,
+        running_var=running_var,
+        weight=weight,
+        bias=bias,
+        residual=residual,
+    )
+    _activation.number_of(_OP, activation)
+    return run(input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation)

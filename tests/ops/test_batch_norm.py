@@ -1,0 +1,220 @@
+"""What is special to batch_norm: running statistics, residual and activation, memory formats, gradients."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import pyvision_kernels as pvk
+from pyvision_kernels._activation import FUNCTIONS
+
+
+def _normal(*size, dtype=torch.float64):
+    return torch.randn(size, generator=torch.Generator().manual_seed(sum(size)), dtype=torch.float64).to(dtype)
+
+
+def _vectors(channels, dtype=torch.float64):
+    return [_normal(channels, dtype=dtype), *(_normal(channels + i, dtype=dtype)[i:].abs() + 0.5 for i in (1, 2, 3))]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("size", [(5, 3), (2, 3, 4), (2, 3, 2, 3)])
+def test_gradients_and_theirs(training, size):
+    x, rest = _normal(*size).requires_grad_(), _normal(*size).mul(0.5).requires_grad_()
+    mean, var, w, b = _vectors(3)
+    w, b = w.requires_grad_(), b.requires_grad_()
+
+    def function(x, w, b, rest, activation=None):
+        statistics = (None, None) if training else (mean, var)
+        return pvk.ops.batch_norm(x, *statistics, w, b, training, residual=rest, activation=activation)
+
+    assert torch.autograd.gradcheck(function, (x, w, b, rest))
+    assert torch.autograd.gradgradcheck(function, (x, w, b, rest))
+
+
+@pytest.mark.parametrize("activation", FUNCTIONS)
+def test_gradients_of_activations(activation):
+    x, rest = _normal(2, 3, 4).requires_grad_(), _normal(2, 3, 4).mul(0.5).requires_grad_()
+    _, _, w, b = (value.requires_grad_() for value in _vectors(3))
+
+    def function(x, w, b, rest):
+        return pvk.ops.batch_norm(x, None, None, w, b, True, residual=rest, activation=activation)
+
+    assert torch.autograd.gradcheck(function, (x, w, b, rest))
+    assert torch.autograd.gradgradcheck(function, (x, w, b, rest))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, -0.5])
+def test_running_statistics_move_as_torchs(dtype, momentum, device):
+    x = _normal(3, 5, 6, 7, dtype=dtype).to(device)
+    kept = torch.float32 if dtype == torch.bfloat16 else dtype
+    runs = []
+    for function in (pvk.ops.batch_norm, F.batch_norm):
+        mean, var, w, b = (value.to(device) for value in _vectors(5, kept))
+        for _ in range(2):
+            function(x, mean, var, w, b, True, momentum)
+        runs.append((mean, var))
+    assert runs[0][0]._version > 0  # what is folded from them elsewhere is seen to be stale
+    torch.testing.assert_close(*runs)
+
+
+def test_layout_of_the_result_is_that_of_the_input(device):
+    x = _normal(2, 6, 5, 4, dtype=torch.float32).to(device)
+    for map in (x, x.contiguous(memory_format=torch.channels_last), x.permute(0, 1, 3, 2), x[:, ::2], x[..., :1]):
+        ours, theirs = (op(map, None, None, training=True) for op in (pvk.ops.batch_norm, F.batch_norm))
+        torch.testing.assert_close(ours, theirs)
+        if map.is_contiguous() or map.is_contiguous(memory_format=torch.channels_last):
+            assert ours.stride() == theirs.stride()
+
+
+def test_both_layouts_and_any_number_of_threads():
+    x = _normal(4, 40, 31, 29, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        for format in (torch.contiguous_format, torch.channels_last):
+            leaf = x.contiguous(memory_format=format).requires_grad_()
+            runs = []
+            for count in (1, 2, 7):
+                torch.set_num_threads(count)
+                out = pvk.ops.batch_norm(leaf, None, None, training=True, activation="relu")
+                runs.append((out, *torch.autograd.grad(out, leaf, x)))
+            for run in runs[1:]:
+                assert all(map(torch.equal, run, runs[0]))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_constants_give_the_bias_exactly_and_no_variance(device):
+    for value in (0.0, 0.1, -3e4, 1e18):
+        x, b = torch.full((2, 3, 5, 5), value, device=device), _normal(3, dtype=torch.float32).to(device)
+        mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
+        ours = pvk.ops.batch_norm(x, mean, var, None, b, True, 1.0)
+        assert torch.equal(ours, b.view(3, 1, 1).expand_as(ours))
+        assert torch.equal(mean, x[0, :, 0, 0])
+        assert not var.any()
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_variance_beside_a_large_mean(format, device):
+    x = (1e4 + 1e-2 * _normal(4, 3, 40, 40)).float().contiguous(memory_format=format)
+    exact = x.double().var((0, 2, 3))
+    var = torch.zeros(3, device=device)
+    pvk.ops.batch_norm(x.to(device), torch.zeros(3, device=device), var, training=True, momentum=1.0)
+    torch.testing.assert_close(var.cpu().double(), exact, rtol=1e-5, atol=0)
+
+
+def test_nan_and_infinity_stay_in_their_channels(device):
+    x = _normal(2, 4, 6, dtype=torch.float32)
+    expected = F.batch_norm(x, None, None, training=True)
+    x[0, 1, 2], x[1, 2, 0] = float("nan"), float("inf")
+    ours = pvk.ops.batch_norm(x.to(device), None, None, training=True, activation="relu").cpu()
+    assert ours[:, 1:3].isnan().all()
+    torch.testing.assert_close(ours[:, ::3], expected[:, ::3].relu())
+
+
+def test_denormals(device):
+    x = 1e-40 * _normal(2, 3, 7, dtype=torch.float32).to(device)
+    ours, theirs = (op(x, None, None, training=True) for op in (pvk.ops.batch_norm, F.batch_norm))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-42)
+
+
+def test_empty_maps(device):
+    for size in ((0, 3), (0, 3, 4, 5), (2, 3, 0), (2, 0, 4)):
+        for training in (True, False):
+            x = torch.ones(size, device=device, requires_grad=True)
+            mean, var = torch.zeros(size[1], device=device), torch.ones(size[1], device=device)
+            out = pvk.ops.batch_norm(x, mean, var, training=training, activation="relu")
+            assert out.shape == x.shape
+            assert torch.autograd.grad(out.sum(), x)[0].shape == x.shape
+            assert not mean.any()
+
+
+def _normalised(op, kept, x, w):
+    return op(x, *kept, w, training=kept[0] is None)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_torch_func():
+    x, w = _normal(3, 4, 5, 2), _normal(3, 5)
+    mean, var = _normal(5), _normal(5).abs() + 1
+    for kept in ((None, None), (mean, var)):
+        ours, theirs = (
+            torch.vmap(functools.partial(_normalised, op, kept))(x, w) for op in (pvk.ops.batch_norm, F.batch_norm)
+        )
+        torch.testing.assert_close(ours, theirs)
+    grads = [
+        torch.func.grad(lambda w, op=op: op(x[0], None, None, w, training=True).square().sum())(w[1])
+        for op in (pvk.ops.batch_norm, F.batch_norm)
+    ]
+    torch.testing.assert_close(*grads)
+
+
+LAYERS = {
+    "vectors": (nn.BatchNorm1d, (6, 5), {}),
+    "sequences": (nn.BatchNorm1d, (3, 5, 4), {"momentum": None}),
+    "maps": (nn.BatchNorm2d, (3, 5, 4, 3), {"eps": 1e-3}),
+    "not_affine": (nn.BatchNorm2d, (3, 5, 4, 3), {"affine": False, "momentum": None}),
+    "not_tracked": (nn.BatchNorm2d, (3, 5, 4, 3), {"track_running_stats": False}),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_compute_and_track_what_torchs_do(name):
+    stock_class, size, options = LAYERS[name]
+    stock = stock_class(size[1], **options, dtype=torch.float64)
+    ours = getattr(pvk.nn, stock_class.__name__)(size[1], **options, dtype=torch.float64)
+    if stock.affine:
+        nn.init.normal_(stock.weight), nn.init.normal_(stock.bias)
+    ours.load_state_dict(stock.state_dict())
+    for training in (True, True, False, True):
+        x = torch.randn(size, dtype=torch.float64, requires_grad=True)
+        results = []
+        for layer in (stock.train(training), ours.train(training)):
+            out = layer(x)
+            results.append((out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])))
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(ours.state_dict(), stock.state_dict())
+    assert isinstance(ours, stock_class)
+
+
+def test_layer_with_activation_and_residual():
+    x, rest = _normal(2, 5, 4, 3, dtype=torch.float32), _normal(2, 5, 4, 3, dtype=torch.float32) + 1
+    ours = pvk.nn.BatchNorm2d(5, activation="relu")
+    assert "activation='relu'" in repr(ours)
+    expected = F.batch_norm(x, None, None, training=True)
+    torch.testing.assert_close(ours(x), expected.relu())
+    torch.testing.assert_close(ours(x, rest), (expected + rest).relu())
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(ours(x, rest), (expected + rest).relu())
+    with pytest.raises(ValueError, match="BatchNorm2d: expected activation to be None or one of"):
+        pvk.nn.BatchNorm2d(5, activation="tan")
+
+
+def test_layer_refuses_in_the_words_of_torch():
+    for layer, bad in (
+        (pvk.nn.BatchNorm2d(3), torch.ones(2, 3)),
+        (pvk.nn.BatchNorm1d(3), torch.ones(1, 3)),
+        (pvk.nn.BatchNorm1d(3), torch.ones(4, 2)),
+        (pvk.nn.BatchNorm2d(3).eval(), torch.ones(2, 4, 1, 1)),
+    ):
+        stock = getattr(nn, type(layer).__name__)(3).train(layer.training)
+        with pytest.raises((ValueError, RuntimeError)) as theirs:
+            stock(bad)
+        with pytest.raises(theirs.type, match=re.escape(str(theirs.value))):
+            layer(bad)
+
+
+def test_layer_under_compile_and_fx():
+    ours, twin = (pvk.nn.BatchNorm2d(4, activation="relu") for _ in range(2))
+    x = _normal(2, 4, 3, 3, dtype=torch.float32)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), twin(x))
+    torch.testing.assert_close(ours.state_dict(), twin.state_dict())
+    traced = torch.fx.symbolic_trace(ours.eval())
+    torch.testing.assert_close(traced(x), twin.eval()(x))
