@@ -246,9 +246,11 @@ def run(
     kept = (None, None) if training else (dense(running_mean), dense(running_var))
     output, stats = batch_norm_op(input, residual, dense(weight), dense(bias), *kept, training, eps, number)
     if training and running_mean is not None and running_var is not None:
+        if running_mean.dtype != stats.dtype:
+            stats = stats.to(running_mean.dtype)
         with torch.no_grad():
-            running_mean.mul_(1 - momentum).add_(stats[0], alpha=momentum)
-            running_var.mul_(1 - momentum).add_(stats[2], alpha=momentum)
+            running_mean.lerp_(stats[0], momentum)
+            running_var.lerp_(stats[2], momentum)
     return output
 
 
