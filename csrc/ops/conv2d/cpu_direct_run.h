@@ -156,7 +156,7 @@ void finish_windows(const Direct<In, scalar_t>& d, FinishRows<opmath_t<In>> rows
   rows.rows = 1;
   for (int64_t corner = 0; corner < 4; ++corner)
     for (int64_t window = first; window < first + count; ++window) {
-      const int64_t width = p.OW / 2, height = p.OH / 2;
+      const int64_t width = p.columns_out(), height = p.rows_out();
       const int64_t x = window % width * 2 + corner % 2, y = window / width % height * 2 + corner / 2;
       const scalar_t* const from = static_cast<const scalar_t*>(p.residual) + window / width / height * stride[0] +
                                    rows.first * stride[1] + y * stride[2] + x * stride[3];
@@ -356,7 +356,7 @@ void forward_typed(const Conv2dParams& p) {
   const DirectWeights<In> weights(p);
   const Epilogue<opmath_t<In>> epilogue(p.K, p.bias, p.bias_dtype, p.scale, p.shift, p.scale_dtype, p.activation);
   const bool finite = *static_cast<const int64_t*>(packed) != 0;
-  const int64_t units = p.pool ? p.N * (p.OH / 2) * (p.OW / 2) : p.N * p.OH * p.OW;
+  const int64_t units = p.N * p.rows_out() * p.columns_out();
   const Direct<In, scalar_t> direct{dense,
                                     weights,
                                     epilogue,

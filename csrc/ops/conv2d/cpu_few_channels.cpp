@@ -98,8 +98,8 @@ class FewChannels {
         activation_(p.activation),
         taps_(p.C * p.R * p.S),
         offsets_(p.C * p.R * p.S) {
-    OH_ = p.pool ? p.OH / 2 * 2 : p.OH;
-    OW_ = p.pool ? p.OW / 2 * 2 : p.OW;
+    OH_ = p.whole_rows();
+    OW_ = p.whole_columns();
     const bool channels_first = p.input_stride[3] < p.input_stride[1];
     layout_.column_step = channels_first ? 1 : p.C;
     layout_.channel_step = channels_first ? columns_.needed() : 1;
