@@ -174,11 +174,8 @@ bool finishes_in_registers(const Direct<In, scalar_t>& d, TileFinish<opmath_t<In
   if constexpr (sizeof(In) != sizeof(scalar_t)) return false;
   const Conv2dParams& p = d.p;
   if (p.pool || d.weights.depth() == 0) return false;
-  const Activation activation = d.epilogue.activation;
-  finish.hardswish = activation == Activation::kHardswish;
-  finish.has_high = activation == Activation::kRelu6;
-  finish.has_low = activation == Activation::kRelu || finish.has_high;
-  if (!finish.hardswish && !finish.has_low && activation != Activation::kNone) return false;
+  finish.activation = CheapActivation<opmath_t<In>>(d.epilogue.activation);
+  if (!finish.activation.is_cheap) return false;
   if (p.residual != nullptr) {
     const int64_t (&stride)[4] = p.residual_stride;
     if (stride[1] != 1 || stride[2] != p.OW * stride[3] || stride[0] != p.OH * stride[2]) return false;
