@@ -39,10 +39,7 @@ void pool_tile(const scalar_t* rows, int64_t row_pitch, int64_t pitch, int64_t c
   using T = opmath_t<scalar_t>;
   for (int64_t o = 0; o + 1 < columns; o += 2, rows += 2 * pitch, output += output_pitch) {
     for_registers<T>(channels, [&](int64_t c) __attribute__((always_inline)) {
-      const scalar_t* x = rows + c;
-      const Vec<T> upper = pool_max<T>(load(x), load(x + pitch));
-      const Vec<T> lower = pool_max<T>(load(x + row_pitch), load(x + row_pitch + pitch));
-      store(output + c, pool_max<T>(upper, lower));
+      store(output + c, pool_window(rows + c, rows + row_pitch + c, pitch));
     });
   }
 }

@@ -18,6 +18,7 @@
 #include "ops/conv2d/cpu_direct_groups.h"
 #include "ops/conv2d/cpu_direct_pack.h"
 #include "ops/conv2d/cpu_direct_taps.h"
+#include "ops/conv2d/cpu_pool.h"
 
 namespace pvk::conv2d::PVK_ISA {
 
@@ -108,10 +109,8 @@ void store_pooled(scalar_t* output, int64_t pitch, const opmath_t<scalar_t>* val
   for (int64_t i = 0; i < count; ++i)
     for (int64_t c = 0; c < channels; c += kLanes<T>) {
       Vec<T> largest = load(values + i * values_pitch + c);
-      for (int64_t corner = 1; corner < 4; ++corner) {
-        const Vec<T> value = load(values + (corner * count + i) * values_pitch + c);
-        largest = value > largest || value != value ? value : largest;
-      }
+      for (int64_t corner = 1; corner < 4; ++corner)
+        largest = pool_max<T>(load(values + (corner * count + i) * values_pitch + c), largest);
       if (channels - c < kLanes<T>) {
         store_first(output + i * pitch + c, largest, channels - c);
       } else {

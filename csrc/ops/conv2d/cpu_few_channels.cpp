@@ -347,9 +347,7 @@ class FewChannels {
     for (int64_t i = 0; i < outputs; ++i) {
       for (int64_t v = 0; v < width; v += kLanes<T>) {
         const T* const x = rows + 4 * i * width + v;
-        const Vec<T> upper = pool_max<T>(load(x), load(x + width));
-        const Vec<T> lower = pool_max<T>(load(x + 2 * width), load(x + 3 * width));
-        store(rows + i * width + v, pool_max<T>(upper, lower));
+        store(rows + i * width + v, pool_window(x, x + 2 * width, width));
       }
     }
   }
