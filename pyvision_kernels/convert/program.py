@@ -86,10 +86,14 @@ class Program:
         steps = [instruction.step for instruction in stretch.instructions if instruction.step is not None]
         self.norms = [step.norm for step in steps if step.norm is not None]
         self.keepers = [*self.norms, *(step.packs for step in steps if type(step) is not NormStep)]
-        self.places = [(step.parameters, name) for step in steps if type(step) is not NormStep for name in _OF_LAYERS]
-        self.places += [place for norm in self.norms for place in norm.places()]
-        self.tensors = [held.get(name) for held, name in self.places]
+        places = [(step.parameters, name) for step in steps if type(step) is not NormStep for name in _OF_LAYERS]
+        places += [place for norm in self.norms for place in norm.places()]
+        self.holders, self.names = [held for held, _ in places], [name for _, name in places]
+        self.tensors = list(map(dict.get, self.holders, self.names))
         self.present = [tensor for tensor in self.tensors if tensor is not None]
+        # As of FoldedNorm, only identity, address and version of vectors are compared: what is looked at here is no
+        # longer in a cache when a model is called again.
+        self.weights = [tensor for tensor in self.present if tensor.dim() > 1]
         # Whether writes to all of them are; subclasses may have no memory of their own.
         self.counted = not any(type(tensor) not in PLAIN or tensor.is_inference() for tensor in self.present)
         self.seen: tuple[Any, ...] = ()
@@ -113,7 +117,7 @@ class Program:
         """Whether the weights are those that it was made for, unchanged. Some tens of nanoseconds a tensor."""
         return (
             self.counted
-            and all(map(is_, self.tensors, [held.get(name) for held, name in self.places]))
+            and all(map(is_, self.tensors, map(dict.get, self.holders, self.names)))
             and all(map(is_, self.kept, map(kept_by, self.keepers)))
             and self._look() == self.seen
         )
@@ -123,8 +127,8 @@ class Program:
         return (
             list(map(_version_of, present)),
             list(map(_address_of, present)),
-            list(map(_size_of, present)),
-            list(map(_strides_of, present)),
+            list(map(_size_of, self.weights)),
+            list(map(_strides_of, self.weights)),
             [norm.norm.eps for norm in self.norms],
         )
 
