@@ -65,7 +65,8 @@ bench: build
 bench-full: build
 	@$(RUN) -m benchmarks --full $(if $(ONLY),--only $(ONLY)) $(if $(SAVE),--save)
 
-PYTEST = $(RUN) -m pytest -q $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist worksteal)
+# Two processes share the cores: threads that wait for each other are to sleep, not to spin.
+PYTEST = OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -q $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist worksteal)
 test: build-simt
 	@PVK_SIMT=$(PVK_SIMT) $(PYTEST) $(if $(ONLY),-k $(ONLY))
 
