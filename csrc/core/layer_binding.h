@@ -18,7 +18,7 @@ void check_size(const char* op, const char* argument, const TensorOrView& tensor
   for (int64_t i = 0; i < tensor.dim() && fits; ++i) fits = tensor.size(i) == sizes.begin()[i];
   if (fits) return;
   std::ostringstream text;
-  for (const int64_t size : sizes) text << (&size == sizes.begin() ? "" : ", ") << size;
+  for (const int64_t& size : sizes) text << (&size == sizes.begin() ? "" : ", ") << size;
   fail(op, ": expected ", argument, " to have size [", text.str(), "], but got ", shape_of(tensor));
 }
 
