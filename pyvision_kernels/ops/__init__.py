@@ -8,6 +8,7 @@ from pyvision_kernels.ops.generalized_box_iou_loss import (
     generalized_box_iou_loss,
 )
 from pyvision_kernels.ops.linear import linear
+from pyvision_kernels.ops.max_pool2d import adaptive_max_pool2d, max_pool1d, max_pool2d, max_unpool2d
 from pyvision_kernels.ops.nms import batched_nms, batched_nms_padded, nms, soft_nms
 from pyvision_kernels.ops.ps_roi_align import ps_roi_align, ps_roi_pool
 from pyvision_kernels.ops.roi_align import multiscale_roi_align, roi_align
@@ -15,6 +16,7 @@ from pyvision_kernels.ops.roi_pool import roi_pool
 from pyvision_kernels.ops.sigmoid_focal_loss import sigmoid_focal_loss
 
 __all__ = [
+    "adaptive_max_pool2d",
     "batched_nms",
     "batched_nms_padded",
     "box_iou",
@@ -29,6 +31,9 @@ __all__ = [
     "generalized_box_iou",
     "generalized_box_iou_loss",
     "linear",
+    "max_pool1d",
+    "max_pool2d",
+    "max_unpool2d",
     "multiscale_roi_align",
     "nms",
     "ps_roi_align",
