@@ -36,9 +36,7 @@ def numbers_of(op: str, argument: str, value: Any, least: int, count: int = 2) -
     return items
 
 
-def window_of(
-    op: str, kernel_size: Any, stride: Any, padding: Any, dilation: Any = 1, count: int = 2
-) -> list[int]:
+def window_of(op: str, kernel_size: Any, stride: Any, padding: Any, dilation: Any = 1, count: int = 2) -> list[int]:
     """The checked numbers of the operators: kernel, stride, padding, dilation of rows and of columns."""
     kernel = numbers_of(op, "kernel_size", kernel_size, 1, count)
     step = kernel if stride is None or stride == [] or stride == () else numbers_of(op, "stride", stride, 1, count)
@@ -140,9 +138,7 @@ def fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:
 def batched(op: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     """An operator on maps under vmap: in one call, of a larger batch."""
     size = info.batch_size
-    folded = [
-        fold(arg, dim, size) if isinstance(arg, Tensor) else arg for arg, dim in zip(args, in_dims, strict=True)
-    ]
+    folded = [fold(arg, dim, size) if isinstance(arg, Tensor) else arg for arg, dim in zip(args, in_dims, strict=True)]
     result = op(*folded)
     if isinstance(result, Tensor):
         return result.unflatten(0, (size, result.shape[0] // size)), 0

@@ -14,15 +14,17 @@ inline constexpr size_t kPoolNumbers = 8;  // kernel, stride, padding, dilation,
 inline PoolAxis pool_axis(const char* op, const std::vector<int64_t>& numbers, int axis, int64_t size,
                           int64_t outputs) {
   constexpr int64_t kMost = 2147483647;
-  PVK_CHECK(numbers.empty() || numbers.size() == kPoolNumbers, op, ": expected window to have 8 numbers or none, but got ",
-            numbers.size());
-  PVK_CHECK(size >= 0 && size <= kMost, op, ": expected input to have at most 2147483647 rows and columns, but got ", size);
-  PVK_CHECK(outputs >= 0 && outputs <= kMost, op, ": expected an output of at most 2147483647 rows and columns, but got ",
-            outputs);
+  PVK_CHECK(numbers.empty() || numbers.size() == kPoolNumbers, op,
+            ": expected window to have 8 numbers or none, but got ", numbers.size());
+  PVK_CHECK(size >= 0 && size <= kMost, op, ": expected input to have at most 2147483647 rows and columns, but got ",
+            size);
+  PVK_CHECK(outputs >= 0 && outputs <= kMost, op,
+            ": expected an output of at most 2147483647 rows and columns, but got ", outputs);
   PoolAxis a{size, outputs, 0, 1, 0, 1};
   if (numbers.empty()) return a;
   for (const int64_t number : numbers)
-    PVK_CHECK(number >= 0 && number <= kMost, op, ": expected the numbers of a window in [0, 2147483647], but got ", number);
+    PVK_CHECK(number >= 0 && number <= kMost, op, ": expected the numbers of a window in [0, 2147483647], but got ",
+              number);
   a.kernel = numbers[size_t(axis)];
   a.stride = numbers[size_t(2 + axis)];
   a.padding = numbers[size_t(4 + axis)];
@@ -30,8 +32,9 @@ inline PoolAxis pool_axis(const char* op, const std::vector<int64_t>& numbers, i
   PVK_CHECK(a.kernel > 0 && a.stride > 0 && a.dilation > 0, op,
             ": expected kernel_size, stride and dilation to be positive, but got ", a.kernel, ", ", a.stride, " and ",
             a.dilation);
-  PVK_CHECK((a.kernel - 1) * a.dilation <= kMost, op, ": expected windows of at most 2147483648 pixels, but got kernel_size ",
-            a.kernel, " with dilation ", a.dilation);
+  PVK_CHECK((a.kernel - 1) * a.dilation <= kMost, op,
+            ": expected windows of at most 2147483648 pixels, but got kernel_size ", a.kernel, " with dilation ",
+            a.dilation);
   return a;
 }
 

@@ -36,12 +36,11 @@ int64_t unpool_typed(const MaxUnpool2dParams& p) {
           const int64_t mine = plane * in + element;
           int64_t seen = __atomic_load_n(&invalid, __ATOMIC_RELAXED);
           while (mine < seen &&
-                 !__atomic_compare_exchange_n(&invalid, &seen, mine, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-          }
+                 !__atomic_compare_exchange_n(&invalid, &seen, mine, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
         }
     }
   });
-  return invalid == planes * in ? -1 : p.places[invalid];
+  return invalid == planes * in ? -1 : invalid;
 }
 
 }  // namespace

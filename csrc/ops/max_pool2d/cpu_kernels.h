@@ -22,8 +22,7 @@ using place_t = decltype(Mask<T>{}[0] + 0);
 template <bool kPlaces>
 PVK_INLINE void take_larger(Vec<float>& best, Mask<float>& place, Vec<float> value, Mask<float> here) {
 #if defined(__AVX512F__)
-  const __mmask16 wins =
-      _mm512_cmp_ps_mask(value, best, _CMP_GT_OQ) | _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  const __mmask16 wins = _mm512_cmp_ps_mask(value, best, _CMP_GT_OQ) | _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
   best = _mm512_mask_mov_ps(best, wins, value);
   if constexpr (kPlaces) place = (Mask<float>)_mm512_mask_mov_epi32((__m512i)place, wins, (__m512i)here);
 #else

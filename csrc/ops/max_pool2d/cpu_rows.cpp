@@ -12,7 +12,7 @@
 namespace pvk::max_pool2d::PVK_ISA {
 namespace {
 
-constexpr int64_t kPiece = 16384;     // elements of the map: below that, threads cost more than they bring
+constexpr int64_t kPiece = 16384;           // elements of the map: below that, threads cost more than they bring
 constexpr int64_t kBandElements = 1 << 16;  // of the map, of a task
 
 template <typename scalar_t>
@@ -251,8 +251,8 @@ void pool_windows(const MaxPool2dParams& p, const RowPlan& plan) {
             }
             for (int64_t c = 0; c < G; ++c) {
               const int64_t at = window.begin * G + c;
-              const Maximum<T> best = reduce_window<kPlaces, T>(
-                  &values[at], kPlaces ? &places[at] : nullptr, count - c, p.columns.dilation * G);
+              const Maximum<T> best = reduce_window<kPlaces, T>(&values[at], kPlaces ? &places[at] : nullptr, count - c,
+                                                                p.columns.dilation * G);
               to[o * G + c] = from_float<scalar_t>(best.value);
               if constexpr (kPlaces) to_places[o * G + c] = int32_t(best.place);
             }
@@ -267,7 +267,8 @@ template <bool kPlaces, typename scalar_t>
 void pool_rows(const MaxPool2dParams& given) {
   MaxPool2dParams p = given;
   // The whole map in one window, where rows follow each other, is one row.
-  if (covers_the_map(p.rows) && covers_the_map(p.columns) && p.map_stride[2] == p.columns.size * (p.channels_last ? p.C : 1)) {
+  if (covers_the_map(p.rows) && covers_the_map(p.columns) &&
+      p.map_stride[2] == p.columns.size * (p.channels_last ? p.C : 1)) {
     p.columns = {p.rows.size * p.columns.size, 1, 0, 1, 0, 1};
     p.rows = {1, 1, 0, 1, 0, 1};
   }

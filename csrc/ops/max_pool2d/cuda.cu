@@ -34,7 +34,7 @@ PVK_DEVICE int32_t first_place(const PoolRange& rows, const PoolRange& columns, 
 // row's K pixels is found once, for all the windows that the row is in. Column stride 1. Neighbouring threads have
 // neighbouring columns.
 template <typename scalar_t, int K, int S, bool kPlaces>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 4)
     max_pool2d_forward_strips_kernel(const __grid_constant__ MaxPool2dParams p, int64_t strips, int64_t count) {
   using T = opmath_t<scalar_t>;
   const int64_t OH = p.rows.outputs, OW = p.columns.outputs;
@@ -47,8 +47,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     const int left = int(ow * S - p.columns.padding), top = int(oh0 * S - p.rows.padding);
     Maximum<T> best[kStrip];
 #pragma unroll
-    for (int o = 0; o < kStrip; ++o)
-      best[o].place = max_of(top + o * S, 0) * W + max_of(left, 0);
+    for (int o = 0; o < kStrip; ++o) best[o].place = max_of(top + o * S, 0) * W + max_of(left, 0);
 #pragma unroll
     for (int r = 0; r < (kStrip - 1) * S + K; ++r) {
       const int y = top + r;
@@ -78,7 +77,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 // A thread owns VEC channels of one output, of any window; threads go along the memory of the output. VEC above 1:
 // channels_last.
 template <typename scalar_t, int VEC, bool kPlaces>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 4)
     max_pool2d_forward_kernel(const __grid_constant__ MaxPool2dParams p, int64_t count) {
   using T = opmath_t<scalar_t>;
   const int64_t OH = p.rows.outputs, OW = p.columns.outputs, groups = p.C / VEC;
@@ -121,7 +120,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 // A thread owns VEC channels of one pixel of the gradient: it adds, in their order, the gradients of the windows that
 // the pixel is in and has won. Threads go along the memory of the gradient. VEC above 1: channels_last.
 template <typename scalar_t, int VEC>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 3)
     max_pool2d_backward_kernel(const __grid_constant__ MaxPool2dParams p, int64_t count) {
   using T = opmath_t<scalar_t>;
   const int64_t H = p.rows.size, W = p.columns.size, groups = p.C / VEC;
@@ -160,14 +159,14 @@ __global__ void __launch_bounds__(kBlockThreads)
 
 // ---- the partial inverse: the last element of each place by integer atomics, and then the values ----
 
-__global__ void __launch_bounds__(kBlockThreads) max_unpool2d_clear_kernel(int32_t* owner, int64_t count) {
+__global__ void __launch_bounds__(kBlockThreads, 4) max_unpool2d_clear_kernel(int32_t* owner, int64_t count) {
   for (int64_t i = int64_t(blockIdx.x) * kBlockThreads + threadIdx.x; i < count;
        i += int64_t(gridDim.x) * kBlockThreads)
     owner[i] = -1;
 }
 
 // A thread owns one element of the input; `plane` elements of a plane, or of an image of channels_last, G side by side.
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 4)
     max_unpool2d_claim_kernel(const __grid_constant__ MaxUnpool2dParams p, int64_t G, int64_t count) {
   for (int64_t i = int64_t(blockIdx.x) * kBlockThreads + threadIdx.x; i < count;
        i += int64_t(gridDim.x) * kBlockThreads) {
@@ -179,7 +178,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 
 // A thread owns one element of the output.
 template <typename scalar_t>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 4)
     max_unpool2d_write_kernel(const __grid_constant__ MaxUnpool2dParams p, int64_t G, int64_t count) {
   for (int64_t i = int64_t(blockIdx.x) * kBlockThreads + threadIdx.x; i < count;
        i += int64_t(gridDim.x) * kBlockThreads) {
@@ -203,8 +202,8 @@ bool allows_vectors(const MaxPool2dParams& p) {
   if (!p.channels_last || p.C % kVec != 0) return false;
   for (int i = 0; i < 4; ++i)
     if (i != 1 && (p.map_stride[i] % kVec != 0 || p.pooled_stride[i] % kVec != 0)) return false;
-  for (const void* data : {static_cast<const void*>(p.map), static_cast<const void*>(p.pooled),
-                           static_cast<const void*>(p.places)})
+  for (const void* data :
+       {static_cast<const void*>(p.map), static_cast<const void*>(p.pooled), static_cast<const void*>(p.places)})
     if (reinterpret_cast<uintptr_t>(data) % 16 != 0) return false;
   return true;
 }

@@ -81,8 +81,7 @@ Tensor unpool_op(const Tensor& input, const Tensor& indices, int64_t height, int
   check_pool_pixels(kOp, height, width);
   check_pool_pixels(kOp, input.size(2), input.size(3));
   const bool channels_last = pools_channels_last(input);
-  const Tensor output =
-      empty({input.size(0), input.size(1), height, width}, input.scalar_type(), input, channels_last);
+  const Tensor output = empty({input.size(0), input.size(1), height, width}, input.scalar_type(), input, channels_last);
   const DeviceScope scope(input);
   const Tensor dense_input = pool_dense(input, channels_last), dense_indices = pool_dense(indices, channels_last);
   MaxUnpool2dParams p{};
@@ -98,8 +97,8 @@ Tensor unpool_op(const Tensor& input, const Tensor& indices, int64_t height, int
   const Tensor owner = empty({owner_elements(p, scope.stream())}, ScalarType::Int, input);
   p.owner = static_cast<int32_t*>(data_of(owner));
   const int64_t outside = unpool(p, scope.stream());
-  PVK_CHECK(outside == -1, kOp, ": expected indices to lie in an output of ", height, " x ", width, " pixels, but got ",
-            outside);
+  PVK_CHECK(outside < 0, kOp, ": expected indices to lie in an output of ", height, " x ", width, " pixels, but got ",
+            p.places[outside]);
   return output;
 }
 

@@ -28,16 +28,16 @@ void backward(const MaxPool2dParams& params, Stream stream);
 
 // Each element of the input goes to its place in the output, the last of those with the same place; the rest is zeros.
 struct MaxUnpool2dParams {
-  const void* input;     // [N, C, pixels_in], dense in the layout
+  const void* input;      // [N, C, pixels_in], dense in the layout
   const int64_t* places;  // as input
-  void* output;          // [N, C, pixels_out], dense in the layout
-  int32_t* owner;        // scratch of owner_elements(), as the output: who is last
+  void* output;           // [N, C, pixels_out], dense in the layout
+  int32_t* owner;         // scratch of owner_elements(), as the output: who is last
   DType dtype;
   int64_t N, C, pixels_in, pixels_out;
   bool channels_last;
 };
 
-// Returns a place that is outside of the output, the first in memory, or -1. CUDA leaves such elements out, and -1.
+// Returns the first element whose place is outside of the output, or -1. CUDA leaves such elements out: always -1.
 int64_t unpool(const MaxUnpool2dParams& params, Stream stream);
 int64_t owner_elements(const MaxUnpool2dParams& params, Stream stream);
 

@@ -13,6 +13,8 @@ from pyvision_kernels._check import require
 from pyvision_kernels._op import declare
 from pyvision_kernels._pooling import Numbers
 
+_TORCH: Any = F  # whose types want to know at once whether indices are asked for
+
 
 def _fake(input, window, rows, columns, with_places):
     _pooling.check_map("max_pool2d", input)
@@ -179,7 +181,7 @@ def max_pool2d(
     window = _pooling.window_of(op, kernel_size, stride, padding, dilation)
     size = _pooling.output_size(op, window, input.shape[-2:], ceil_mode)
     if _pooling.is_for_torch(input):
-        return F.max_pool2d(input, window[:2], window[2:4], window[4:6], window[6:], ceil_mode, return_indices)
+        return _TORCH.max_pool2d(input, window[:2], window[2:4], window[4:6], window[6:], ceil_mode, return_indices)
     return _pool(op, input, window, size, return_indices)
 
 
@@ -215,7 +217,7 @@ def max_pool1d(
     window = _pooling.window_of(op, kernel_size, stride, padding, dilation, 1)
     size = _pooling.output_size(op, window, (1, input.shape[-1]), ceil_mode)
     if _pooling.is_for_torch(input):
-        return F.max_pool1d(input, *(number for number in window[1::2]), ceil_mode, return_indices)
+        return _TORCH.max_pool1d(input, *(number for number in window[1::2]), ceil_mode, return_indices)
     result = _pool(op, input.unsqueeze(-2), window, size, return_indices)
     return (result[0].squeeze(-2), result[1].squeeze(-2)) if return_indices else result.squeeze(-2)
 
@@ -247,15 +249,13 @@ def adaptive_max_pool2d(input: Tensor, output_size: Any, return_indices: bool = 
     _pooling.check_input(op, input)
     size = _pooling.adaptive_size(op, output_size, input.shape[-2:])
     if _pooling.is_for_torch(input):
-        return F.adaptive_max_pool2d(input, size, return_indices)
+        return _TORCH.adaptive_max_pool2d(input, size, return_indices)
     return _pool(op, input, [], size, return_indices)
 
 
 def _check_indices(input: Tensor, indices: Tensor) -> None:
     op = "max_unpool2d"
-    require(
-        indices.shape == input.shape, op, f"indices to have the size of input, {list(input.shape)}", indices.shape
-    )
+    require(indices.shape == input.shape, op, f"indices to have the size of input, {list(input.shape)}", indices.shape)
     require(indices.dtype == torch.int64, op, "indices to be int64", indices.dtype)
     require(indices.device == input.device, op, f"indices to be on {input.device} as input is", indices.device)
 
@@ -314,7 +314,7 @@ def max_unpool2d(
     require(min(size) > 0, op, "an output with at least one pixel", size)
     _pooling.check_pixels(op, *size)
     if _pooling.is_for_torch(input):
-        return F.max_unpool2d(input, indices, kernel, step, around, size)
+        return _TORCH.max_unpool2d(input, indices, kernel, step, around, size)
     if input.dim() == 3:
         return max_unpool2d_op(input.unsqueeze(0), indices.unsqueeze(0), *size).squeeze(0)
     return max_unpool2d_op(input, indices, *size)

@@ -95,7 +95,7 @@ def adaptive_windows(size: int, count: int) -> Windows:
 
 def largest(input: Tensor, rows: Windows, columns: Windows) -> tuple[Tensor, Tensor]:
     """Of each window the maximum, and its place y * W + x: the first of equal ones, the last NaN."""
-    height, width = input.shape[-2:]
+    width = input.shape[-1]
     values, places = [], []
     for ys in rows:
         for xs in columns:
