@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from pyvision_kernels.nn.avg_pool2d import AdaptiveAvgPool2d, AvgPool1d, AvgPool2d
 from pyvision_kernels.nn.conv import Conv1d, Conv2d
 from pyvision_kernels.nn.linear import Linear
 from pyvision_kernels.nn.max_pool2d import AdaptiveMaxPool2d, MaxPool1d, MaxPool2d, MaxUnpool2d
@@ -13,7 +14,10 @@ if TYPE_CHECKING:
     from pyvision_kernels.nn.multiscale_roi_align import MultiScaleRoIAlign
 
 __all__ = [
+    "AdaptiveAvgPool2d",
     "AdaptiveMaxPool2d",
+    "AvgPool1d",
+    "AvgPool2d",
     "Conv1d",
     "Conv2d",
     "Linear",

@@ -1,5 +1,6 @@
 """Functional ops. One folder a family of functions that run the same kernels."""
 
+from pyvision_kernels.ops.avg_pool2d import adaptive_avg_pool2d, avg_pool1d, avg_pool2d
 from pyvision_kernels.ops.box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou
 from pyvision_kernels.ops.conv2d import conv1d, conv2d, conv2d_max_pool2d, conv_transpose2d
 from pyvision_kernels.ops.generalized_box_iou_loss import (
@@ -16,7 +17,10 @@ from pyvision_kernels.ops.roi_pool import roi_pool
 from pyvision_kernels.ops.sigmoid_focal_loss import sigmoid_focal_loss
 
 __all__ = [
+    "adaptive_avg_pool2d",
     "adaptive_max_pool2d",
+    "avg_pool1d",
+    "avg_pool2d",
     "batched_nms",
     "batched_nms_padded",
     "box_iou",

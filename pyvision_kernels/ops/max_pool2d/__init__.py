@@ -41,13 +41,17 @@ def _backward(ctx, grad, _):
     return max_pool2d_backward_op(grad, places, ctx.window, *ctx.size, ctx.channels_last), *(None,) * 4
 
 
+def _vmap(info, in_dims, *args):
+    return _pooling.batched(max_pool2d_op, info, in_dims, *args)
+
+
 max_pool2d_op = declare(
     "max_pool2d(Tensor input, int[] window, SymInt rows, SymInt columns, bool with_places) -> (Tensor, Tensor)",
     fake=_fake,
     setup_context=_setup,
     backward=_backward,
     autocast=lambda *args: args,
-    vmap=lambda info, in_dims, *args: _pooling.batched(max_pool2d_op, info, in_dims, *args),
+    vmap=_vmap,
 )
 
 
@@ -70,6 +74,10 @@ def _backward_double(ctx, grad):
     return _read(grad, places), *(None,) * 5
 
 
+def _vmap_backward(info, in_dims, *args):
+    return _pooling.batched(max_pool2d_backward_op, info, in_dims, *args)
+
+
 max_pool2d_backward_op = declare(
     "_max_pool2d_backward(Tensor grad, Tensor places, int[] window, SymInt height, SymInt width, bool channels_last) "
     "-> Tensor",
@@ -77,7 +85,7 @@ max_pool2d_backward_op = declare(
     setup_context=_setup_double,
     backward=_backward_double,
     autocast=lambda *args: args,
-    vmap=lambda info, in_dims, *args: _pooling.batched(max_pool2d_backward_op, info, in_dims, *args),
+    vmap=_vmap_backward,
 )
 
 
@@ -112,13 +120,17 @@ def _cast_unpool(input, *rest):
     return input.float() if half and input.device.type == "cpu" else input, *rest
 
 
+def _vmap_unpool(info, in_dims, *args):
+    return _pooling.batched(max_unpool2d_op, info, in_dims, *args)
+
+
 max_unpool2d_op = declare(
     "max_unpool2d(Tensor input, Tensor indices, SymInt height, SymInt width) -> Tensor",
     fake=_fake_unpool,
     setup_context=_setup_unpool,
     backward=_backward_unpool,
     autocast=_cast_unpool,
-    vmap=lambda info, in_dims, *args: _pooling.batched(max_unpool2d_op, info, in_dims, *args),
+    vmap=_vmap_unpool,
 )
 
 
