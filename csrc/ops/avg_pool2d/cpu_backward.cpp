@@ -57,12 +57,61 @@ PVK_INLINE void copy_from_phases(const PoolAxis& a, int64_t G, const T* phases, 
   }
 }
 
+// One window for a whole plane: its gradient for every pixel.
+template <typename scalar_t>
+void spread_global(const AvgPool2dParams& p) {
+  using T = opmath_t<scalar_t>;
+  const int64_t count = p.columns.size;
+  const T divisor = T(p.divisor_of(p.rows, true, 0)) * T(p.divisor_of(p.columns, false, 0));
+  parallel_for(p.N * p.C, max_of<int64_t>(1, kPiece / count), [&](int64_t begin, int64_t end) {
+    for (int64_t plane = begin; plane < end; ++plane) {
+      const scalar_t value = from_float<scalar_t>(T(to_float(static_cast<const scalar_t*>(p.pooled)[plane])) / divisor);
+      fill(static_cast<scalar_t*>(p.map) + plane * count, count, value);
+    }
+  });
+}
+
+// Disjoint windows of 2 x 2 that begin with the map: each gradient for four pixels.
+template <typename scalar_t>
+void spread_halved(const AvgPool2dParams& p) {
+  using T = opmath_t<scalar_t>;
+  constexpr int64_t kLane = kLanes<T>;
+  const int64_t H = p.rows.size, W = p.columns.size, OH = p.rows.outputs, OW = p.columns.outputs;
+  Buffer<T> divisors(ceil_div(OW, kLane) * kLane);
+  column_divisors(p, 1, ceil_div(OW, kLane) * kLane, divisors.data());
+  parallel_for(p.N * p.C, max_of<int64_t>(1, kPiece / (H * W)), [&](int64_t begin, int64_t end) {
+    for (int64_t plane = begin; plane < end; ++plane) {
+      const scalar_t* const grad = static_cast<const scalar_t*>(p.pooled) + plane * OH * OW;
+      scalar_t* const target = static_cast<scalar_t*>(p.map) + plane * H * W;
+      for (int64_t y = 0; y < H; y += 2) {
+        const int64_t oh = y / 2, rows = min_of(H - y, int64_t(2));
+        const T row_divisor = oh < OH ? T(p.divisor_of(p.rows, true, oh)) : T(1);
+        for (int64_t i = 0; 2 * i < W; i += kLane) {
+          Vec<T> value{}, low, high;
+          if (oh < OH && i < OW) value = load_some(grad + oh * OW + i, OW - i) / (load(&divisors[i]) * row_divisor);
+          interleave<T>(value, value, low, high);
+          for (int64_t r = 0; r < rows; ++r) {
+            scalar_t* const to = target + (y + r) * W + 2 * i;
+            store_some(to, low, W - 2 * i);
+            if (W - 2 * i > kLane) store_some(to + kLane, high, W - 2 * i - kLane);
+          }
+        }
+      }
+    }
+  });
+}
+
 template <typename scalar_t>
 void spread(const AvgPool2dParams& given) {
   using T = opmath_t<scalar_t>;
   constexpr int64_t kLane = kLanes<T>;
   const AvgPool2dParams p = with_joined_rows(given);
   const RowPlan plan = plan_row<T>(p.rows, p.columns, p.channels_last ? p.C : 1);
+  if (plan.group == 1 && p.rows.size == 1 && covers_the_map(p.rows) && covers_the_map(p.columns))
+    return spread_global<scalar_t>(p);
+  if (has_small_windows(p.rows, p.columns, plan.group) && p.columns.kernel == 2 && p.columns.stride == 2 &&
+      p.rows.stride == 2 && p.rows.padding == 0 && p.columns.padding == 0 && p.columns.outputs > 0)
+    return spread_halved<scalar_t>(p);
   const Spread<T> layout(p, plan);
   const int64_t G = plan.group, planes = p.N * (G == 1 ? p.C : 1), H = p.rows.size, row = plan.columns;
   const int64_t OW = p.columns.outputs, stride = p.columns.stride;

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "core/buffer.h"
-#include "core/pool_rows.h"
+#include "core/pool_taps.h"
 #include "ops/avg_pool2d/avg_pool2d.h"
 
 namespace pvk::avg_pool2d::PVK_ISA {

@@ -36,12 +36,68 @@ struct Planes {
   }
 };
 
-template <int K, typename scalar_t>
+// Small windows: from the rows themselves.
+template <int K, int S, typename scalar_t>
+void pool_small(const AvgPool2dParams& p, const RowPlan& plan) {
+  using T = opmath_t<scalar_t>;
+  const Planes<scalar_t> planes(p, plan);
+  Buffer<T> divisors(plan.pitch);
+  column_divisors(p, 1, plan.pitch, divisors.data());
+  parallel_for(planes.count(), planes.chunk(), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      planes.run(task, [&](const scalar_t* map, scalar_t* output, int64_t first, int64_t last) {
+        for (int64_t oh = first; oh < last; ++oh) {
+          const PoolRange window = p.rows.window(oh);
+          const T row_divisor = T(p.divisor_of(p.rows, true, oh));
+          for (int64_t i = 0; i < plan.outputs; i += kLanes<T>) {
+            Vec<T> sum{};
+            for (int64_t y = window.begin; y < window.end; ++y) {
+              Vec<T> taps[K];
+              load_taps<K, S, scalar_t, T>(map + y * p.map_stride[2], i * S - p.columns.padding, p.columns.size, T(0),
+                                           taps);
+              Vec<T> row = taps[0] + taps[1];
+              if constexpr (K == 3) row += taps[2];
+              sum += row;
+            }
+            store_some(output + oh * p.pooled_stride[2] + i, sum / (load(&divisors[i]) * row_divisor),
+                       plan.outputs - i);
+          }
+        }
+      });
+    }
+  });
+}
+
+// One window for a whole plane that is one row.
+template <typename scalar_t>
+void pool_global(const AvgPool2dParams& p) {
+  using T = opmath_t<scalar_t>;
+  constexpr int64_t kLane = kLanes<T>, kBlock = 32 * kLane;
+  const int64_t count = p.columns.size;
+  const T divisor = T(p.divisor_of(p.rows, true, 0)) * T(p.divisor_of(p.columns, false, 0));
+  parallel_for(p.N * p.C, max_of<int64_t>(1, kPiece / count), [&](int64_t begin, int64_t end) {
+    for (int64_t plane = begin; plane < end; ++plane) {
+      const int64_t n = plane / p.C, c = plane % p.C;
+      const scalar_t* const map = static_cast<const scalar_t*>(p.map) + n * p.map_stride[0] + c * p.map_stride[1];
+      Vec<T> sum{};
+      for (int64_t i = 0; i < count;) {  // in blocks, whose sums are then added
+        Vec<T> block{};
+        const int64_t stop = min_of(i + kBlock, count);
+        for (; i + kLane <= stop; i += kLane) block += load(map + i);
+        if (i < stop) block += load_first(map + i, stop - i), i = stop;
+        sum += block;
+      }
+      static_cast<scalar_t*>(p.pooled)[n * p.pooled_stride[0] + c * p.pooled_stride[1]] =
+          from_float<scalar_t>(sum_lanes<T>(sum) / divisor);
+    }
+  });
+}
+
+template <typename scalar_t>
 void pool_phased(const AvgPool2dParams& p, const RowPlan& plan) {
   using T = opmath_t<scalar_t>;
   constexpr int64_t kLane = kLanes<T>;
   const Planes<scalar_t> planes(p, plan);
-  const int64_t taps = K == 0 ? plan.taps : K;
   const int64_t ring = min_of(p.rows.kernel, p.rows.size);
   Buffer<T> divisors(plan.pitch);
   column_divisors(p, plan.group, plan.pitch, divisors.data());
@@ -64,8 +120,7 @@ void pool_phased(const AvgPool2dParams& p, const RowPlan& plan) {
             copy_to_phases<scalar_t, T>(plan, p.columns, map + y * p.map_stride[2], phases.data());
             for (int64_t i = 0; i < plan.pitch; i += kLane) {
               Vec<T> sum = load(phases.data() + plan.tap_place[0] + i);
-#pragma GCC unroll 4
-              for (int64_t k = 1; k < taps; ++k) sum += load(phases.data() + plan.tap_place[k] + i);
+              for (int64_t k = 1; k < plan.taps; ++k) sum += load(phases.data() + plan.tap_place[k] + i);
               store(&sums[slot * plan.pitch + i], sum);
             }
           }
@@ -96,9 +151,7 @@ PVK_INLINE T sum_window(const T* values, int64_t count, int64_t step) {
       for (; i + kLane <= stop; i += kLane) block += load(values + i);
       lanes += block;
     }
-    for (int half = int(kLane) / 2; half > 0; half /= 2)
-      for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-    total = lanes[0];
+    total = sum_lanes<T>(lanes);
   }
   for (; i < count; i += step) total += values[i];
   return total;
@@ -148,14 +201,20 @@ template <typename scalar_t>
 void pool_rows(const AvgPool2dParams& given) {
   AvgPool2dParams p = with_joined_rows(given);
   const RowPlan plan = plan_row<opmath_t<scalar_t>>(p.rows, p.columns, p.channels_last ? p.C : 1);
+  if (plan.group == 1 && p.rows.size == 1 && covers_the_map(p.rows) && covers_the_map(p.columns))
+    return pool_global<scalar_t>(p);
   if (!plan.phased) return pool_windows<scalar_t>(p, plan);
-  switch (p.columns.kernel) {
-    case 2:
-      return pool_phased<2, scalar_t>(p, plan);
-    case 3:
-      return pool_phased<3, scalar_t>(p, plan);
+  switch (has_small_windows(p.rows, p.columns, plan.group) ? p.columns.kernel * 2 + p.columns.stride - 1 : 0) {
+    case 4:
+      return pool_small<2, 1, scalar_t>(p, plan);
+    case 5:
+      return pool_small<2, 2, scalar_t>(p, plan);
+    case 6:
+      return pool_small<3, 1, scalar_t>(p, plan);
+    case 7:
+      return pool_small<3, 2, scalar_t>(p, plan);
     default:
-      return pool_phased<0, scalar_t>(p, plan);
+      return pool_phased<scalar_t>(p, plan);
   }
 }
 

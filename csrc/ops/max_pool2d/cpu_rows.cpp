@@ -6,7 +6,7 @@
 #include "core/buffer.h"
 #include "core/dispatch.h"
 #include "core/parallel.h"
-#include "core/pool_rows.h"
+#include "core/pool_taps.h"
 #include "ops/max_pool2d/cpu_kernels.h"
 
 namespace pvk::max_pool2d::PVK_ISA {
@@ -73,11 +73,10 @@ struct Columns {
   }
 };
 
-// The maxima of `taps` (K, where that is not 0) neighbours of every output along a row.
-template <int K, bool kPlaces, typename T>
+// The maxima of each output's taps along a row.
+template <bool kPlaces, typename T>
 PVK_INLINE void reduce_along(const RowPlan& plan, const T* phases, Columns<T>& columns, int64_t dilation,
                              place_t<T> start, T* values, place_t<T>* places) {
-  const int64_t taps = K == 0 ? plan.taps : K;
   for (int64_t i = 0; i < plan.pitch; i += kLanes<T>) {
     Vec<T> best = splat(T(-__builtin_inf()));
     Mask<T> place{}, begin{};
@@ -85,8 +84,7 @@ PVK_INLINE void reduce_along(const RowPlan& plan, const T* phases, Columns<T>& c
       place = load_mask<T>(&columns.first[i]) + start;
       begin = load_mask<T>(&columns.begin[i]) + start;
     }
-#pragma GCC unroll 4
-    for (int64_t k = 0; k < taps; ++k) {
+    for (int64_t k = 0; k < plan.taps; ++k) {
       take_larger<kPlaces>(best, place, load(phases + plan.tap_place[k] + i), begin);
       if constexpr (kPlaces) begin += place_t<T>(dilation);
     }
@@ -95,7 +93,7 @@ PVK_INLINE void reduce_along(const RowPlan& plan, const T* phases, Columns<T>& c
   }
 }
 
-template <int K, bool kPlaces, typename scalar_t>
+template <bool kPlaces, typename scalar_t>
 void pool_phased(const MaxPool2dParams& p, const RowPlan& plan) {
   using T = opmath_t<scalar_t>;
   using P = place_t<T>;
@@ -127,9 +125,9 @@ void pool_phased(const MaxPool2dParams& p, const RowPlan& plan) {
             if (held[slot] == y) continue;
             held[slot] = y;
             copy_to_phases<scalar_t, T>(plan, p.columns, map + y * p.map_stride[2], phases.data());
-            reduce_along<K, kPlaces, T>(plan, phases.data(), columns, p.columns.dilation, P(y * W),
-                                        values.data() + slot * plan.pitch,
-                                        kPlaces ? places.data() + slot * plan.pitch : nullptr);
+            reduce_along<kPlaces, T>(plan, phases.data(), columns, p.columns.dilation, P(y * W),
+                                     values.data() + slot * plan.pitch,
+                                     kPlaces ? places.data() + slot * plan.pitch : nullptr);
           }
           for (int64_t i = 0; i < plan.outputs; i += kLanes<T>) {
             Vec<T> best = load(&values[slots[0] + i]);
@@ -146,6 +144,44 @@ void pool_phased(const MaxPool2dParams& p, const RowPlan& plan) {
           if (kPlaces && !columns.all) {
             for (int64_t i = 0; i < plan.outputs; ++i)
               if (columns.first[i] >= P(W)) to_places[i] = -1;
+          }
+        }
+      });
+    }
+  });
+}
+
+// ---- small windows: from the rows themselves ----
+
+template <int K, int S, bool kPlaces, typename scalar_t>
+void pool_small(const MaxPool2dParams& p, const RowPlan& plan) {
+  using T = opmath_t<scalar_t>;
+  using P = place_t<T>;
+  const Planes<scalar_t> planes(p, plan);
+  const int64_t W = p.columns.size;
+  Columns<T> columns(p, plan);
+  parallel_for(planes.count(), planes.chunk(), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      planes.run(task, [&](const scalar_t* map, scalar_t* output, int32_t* out_places, int64_t first, int64_t last) {
+        for (int64_t oh = first; oh < last; ++oh) {
+          const PoolRange window = p.rows.window(oh);
+          for (int64_t i = 0; i < plan.outputs; i += kLanes<T>) {
+            Vec<T> best = splat(T(-__builtin_inf()));
+            Mask<T> place{}, begin_place{};
+            if constexpr (kPlaces) {
+              place = load_mask<T>(&columns.first[i]) + P(window.begin * W);
+              begin_place = load_mask<T>(&columns.begin[i]) + P(window.begin * W);
+            }
+            const int64_t x = i * S - p.columns.padding;
+            for (int64_t y = window.begin; y < window.end; ++y) {
+              Vec<T> taps[K];
+              load_taps<K, S, scalar_t, T>(map + y * p.map_stride[2], x, W, T(-__builtin_inf()), taps);
+#pragma GCC unroll 4
+              for (int k = 0; k < K; ++k) take_larger<kPlaces>(best, place, taps[k], begin_place + P(k));
+              if constexpr (kPlaces) begin_place += P(W);
+            }
+            store_some(output + oh * p.pooled_stride[2] + i, best, plan.outputs - i);
+            if constexpr (kPlaces) store_places(out_places + oh * p.pooled_stride[2] + i, place, plan.outputs - i);
           }
         }
       });
@@ -263,6 +299,15 @@ void pool_windows(const MaxPool2dParams& p, const RowPlan& plan) {
   });
 }
 
+// As of all that the operator's arguments allow without dilation.
+bool windows_have_pixels(const MaxPool2dParams& p) {
+  for (const PoolAxis* axis = &p.rows;; axis = &p.columns) {
+    const PoolRange first = axis->window(0), last = axis->window(axis->outputs - 1);
+    if (first.begin >= first.end || last.begin >= last.end) return false;
+    if (axis == &p.columns) return true;
+  }
+}
+
 template <bool kPlaces, typename scalar_t>
 void pool_rows(const MaxPool2dParams& given) {
   MaxPool2dParams p = given;
@@ -274,13 +319,18 @@ void pool_rows(const MaxPool2dParams& given) {
   }
   const RowPlan plan = plan_row<opmath_t<scalar_t>>(p.rows, p.columns, p.channels_last ? p.C : 1);
   if (!plan.phased) return pool_windows<kPlaces, scalar_t>(p, plan);
-  switch (p.columns.kernel) {
-    case 2:
-      return pool_phased<2, kPlaces, scalar_t>(p, plan);
-    case 3:
-      return pool_phased<3, kPlaces, scalar_t>(p, plan);
+  const bool small = has_small_windows(p.rows, p.columns, plan.group) && windows_have_pixels(p);
+  switch (small ? p.columns.kernel * 2 + p.columns.stride - 1 : 0) {
+    case 4:
+      return pool_small<2, 1, kPlaces, scalar_t>(p, plan);
+    case 5:
+      return pool_small<2, 2, kPlaces, scalar_t>(p, plan);
+    case 6:
+      return pool_small<3, 1, kPlaces, scalar_t>(p, plan);
+    case 7:
+      return pool_small<3, 2, kPlaces, scalar_t>(p, plan);
     default:
-      return pool_phased<0, kPlaces, scalar_t>(p, plan);
+      return pool_phased<kPlaces, scalar_t>(p, plan);
   }
 }
 
