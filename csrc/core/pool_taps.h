@@ -5,63 +5,77 @@
 
 namespace pvk::PVK_ISA {
 
+// Which lanes of the loads of a register of outputs are pixels: bits, the same for every row.
+struct TapMasks {
+  uint32_t inside[4];
+  bool all;
+};
+
 // Bits of the lanes of [x, x + lanes) that are in [0, width).
-PVK_INLINE uint64_t lanes_inside(int64_t x, int64_t width, int64_t lanes) {
+PVK_INLINE uint32_t lanes_inside(int64_t x, int64_t width, int64_t lanes) {
   const int64_t low = min_of(max_of(-x, int64_t(0)), lanes), high = min_of(max_of(width - x, low), lanes);
-  const uint64_t below_high = high == 64 ? ~uint64_t(0) : (uint64_t(1) << high) - 1;
-  return below_high & ~((uint64_t(1) << low) - 1);
+  return ((uint32_t(1) << high) - 1) & ~((uint32_t(1) << low) - 1);
 }
 
-// Pixels x, x + 1, ... of a row, converted; `padding` where there is none.
-template <typename scalar_t>
-PVK_INLINE Vec<opmath_t<scalar_t>> load_padded(const scalar_t* row, int64_t x, int64_t width,
-                                               opmath_t<scalar_t> padding) {
-  using T = opmath_t<scalar_t>;
+// Of outputs that are S pixels apart, for tap 0 of the first at pixel x.
+template <int K, int S, typename T>
+PVK_INLINE TapMasks tap_masks(int64_t x, int64_t width) {
   constexpr int64_t kLane = kLanes<T>;
-  if (x >= 0 && x + kLane <= width) return load(row + x);
+  constexpr uint32_t kAll = (uint32_t(1) << kLane) - 1;
+  TapMasks masks{};
+  masks.all = true;
+  for (int load = 0; load < (S == 1 ? K : K == 3 ? 4 : 2); ++load) {
+    masks.inside[load] = lanes_inside(S == 1 ? x + load : x + load / 2 * 2 + load % 2 * kLane, width, kLane);
+    masks.all = masks.all && masks.inside[load] == kAll;
+  }
+  return masks;
+}
+
+// The pixels that are there, converted, and `padding` in the other lanes.
+template <typename scalar_t, typename T>
+PVK_INLINE Vec<T> load_masked(const scalar_t* source, uint32_t inside, Vec<T> padding) {
 #if defined(__AVX512F__)
-  const uint64_t inside = lanes_inside(x, width, kLane);
   if constexpr (sizeof(scalar_t) == 4) {
-    return (Vec<T>)_mm512_mask_loadu_ps((__m512)splat(padding), __mmask16(inside), row + x);
+    return (Vec<T>)_mm512_mask_loadu_ps((__m512)padding, __mmask16(inside), source);
   } else if constexpr (sizeof(scalar_t) == 8) {
-    return (Vec<T>)_mm512_mask_loadu_pd((__m512d)splat(padding), __mmask8(inside), row + x);
+    return (Vec<T>)_mm512_mask_loadu_pd((__m512d)padding, __mmask8(inside), source);
   } else {
-    scalar_t raw[kLane];
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(raw), _mm256_maskz_loadu_epi16(__mmask16(inside), row + x));
-    return (Vec<T>)_mm512_mask_mov_ps((__m512)splat(padding), __mmask16(inside), (__m512)load(raw));
+    const Vec<T> pixels = widen(_mm256_maskz_loadu_epi16(__mmask16(inside), source), scalar_t());
+    return (Vec<T>)_mm512_mask_mov_ps((__m512)padding, __mmask16(inside), (__m512)pixels);
   }
 #else
-  T lanes[kLane];
-  for (int64_t i = 0; i < kLane; ++i) lanes[i] = x + i >= 0 && x + i < width ? T(to_float(row[x + i])) : padding;
-  return load(lanes);
+  Vec<T> result = padding;
+  for (int lane = 0; lane < kLanes<T>; ++lane)
+    if (inside >> lane & 1) result[lane] = T(to_float(source[lane]));
+  return result;
 #endif
 }
 
-// Taps 0, ..., K - 1 of kLanes outputs that are S pixels apart; tap 0 of the first is pixel x.
+// Taps 0, ..., K - 1 of kLanes outputs that are S pixels apart; tap 0 of the first is *source.
 template <int K, int S, typename scalar_t, typename T>
-PVK_INLINE void load_taps(const scalar_t* row, int64_t x, int64_t width, T padding, Vec<T>* taps) {
+PVK_INLINE void load_taps(const scalar_t* source, const TapMasks& masks, Vec<T> padding, Vec<T>* taps) {
   static_assert(S == 1 || (S == 2 && K <= 3));
   constexpr int64_t kLane = kLanes<T>;
   if constexpr (S == 1) {
 #pragma GCC unroll 4
-    for (int k = 0; k < K; ++k) taps[k] = load_padded(row, x + k, width, padding);
-  } else {
-    if (x >= 0 && x + 2 * kLane + (K == 3 ? 2 : 0) <= width) {
-      load_even_odd<scalar_t, T>(row + x, taps[0], taps[1]);
-      if constexpr (K == 3) {
-        Vec<T> odd;
-        load_even_odd<scalar_t, T>(row + x + 2, taps[2], odd);
-      }
-      return;
-    }
-    const DeinterleaveMasks<T> masks;
-    const Vec<T> first = load_padded(row, x, width, padding), second = load_padded(row, x + kLane, width, padding);
-    taps[0] = __builtin_shuffle(first, second, masks.even);
-    taps[1] = __builtin_shuffle(first, second, masks.odd);
+    for (int k = 0; k < K; ++k)
+      taps[k] = masks.all ? load(source + k) : load_masked<scalar_t, T>(source + k, masks.inside[k], padding);
+  } else if (masks.all) {
+    load_even_odd<scalar_t, T>(source, taps[0], taps[1]);
     if constexpr (K == 3) {
-      const Vec<T> third = load_padded(row, x + 2, width, padding);
-      const Vec<T> fourth = load_padded(row, x + 2 + kLane, width, padding);
-      taps[2] = __builtin_shuffle(third, fourth, masks.even);
+      Vec<T> odd;
+      load_even_odd<scalar_t, T>(source + 2, taps[2], odd);
+    }
+  } else {
+    const DeinterleaveMasks<T> order;
+    const Vec<T> first = load_masked<scalar_t, T>(source, masks.inside[0], padding);
+    const Vec<T> second = load_masked<scalar_t, T>(source + kLane, masks.inside[1], padding);
+    taps[0] = __builtin_shuffle(first, second, order.even);
+    taps[1] = __builtin_shuffle(first, second, order.odd);
+    if constexpr (K == 3) {
+      const Vec<T> third = load_masked<scalar_t, T>(source + 2, masks.inside[2], padding);
+      const Vec<T> fourth = load_masked<scalar_t, T>(source + 2 + kLane, masks.inside[3], padding);
+      taps[2] = __builtin_shuffle(third, fourth, order.even);
     }
   }
 }

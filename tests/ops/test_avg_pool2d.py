@@ -81,11 +81,11 @@ def test_gradcheck_and_gradgradcheck(device, arguments):
         input = torch.randn(1, channels, 6, 5, device=device, dtype=torch.float64)
         for like in (input, input.contiguous(memory_format=torch.channels_last)):
             leaf = like.requires_grad_()
-            torch.autograd.gradcheck(lambda x: avg_pool2d(x, *arguments), leaf)
-            torch.autograd.gradgradcheck(lambda x: avg_pool2d(x, *arguments), leaf)
-    torch.autograd.gradgradcheck(lambda x: adaptive_avg_pool2d(x, (2, 3)), leaf)
+            torch.autograd.gradcheck(lambda x: avg_pool2d(x, *arguments), leaf, fast_mode=True)
+            torch.autograd.gradgradcheck(lambda x: avg_pool2d(x, *arguments), leaf, fast_mode=True)
+    torch.autograd.gradgradcheck(lambda x: adaptive_avg_pool2d(x, (2, 3)), leaf, fast_mode=True)
     row = torch.randn(2, 30, device=device, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradgradcheck(lambda x: avg_pool1d(x, 3, 2), row)
+    torch.autograd.gradgradcheck(lambda x: avg_pool1d(x, 3, 2), row, fast_mode=True)
 
 
 @pytest.mark.parametrize("dim", [0, 1, 4])

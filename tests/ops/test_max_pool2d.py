@@ -130,11 +130,11 @@ def test_gradcheck_and_gradgradcheck(device, arguments):
         input = torch.randperm(channels * 30, device=device).view(1, channels, 6, 5).double() / 7
         for like in (input, input.contiguous(memory_format=torch.channels_last)):
             leaf = like.requires_grad_()
-            torch.autograd.gradcheck(lambda x: max_pool2d(x, *arguments), leaf)
-            torch.autograd.gradgradcheck(lambda x: max_pool2d(x, *arguments), leaf)
+            torch.autograd.gradcheck(lambda x: max_pool2d(x, *arguments), leaf, fast_mode=True)
+            torch.autograd.gradgradcheck(lambda x: max_pool2d(x, *arguments), leaf, fast_mode=True)
     row = torch.randperm(60, device=device).view(2, 30).double().requires_grad_()
-    torch.autograd.gradgradcheck(lambda x: max_pool1d(x, 3, 2), row)
-    torch.autograd.gradgradcheck(lambda x: adaptive_max_pool2d(x, (2, 3)), leaf)
+    torch.autograd.gradgradcheck(lambda x: max_pool1d(x, 3, 2), row, fast_mode=True)
+    torch.autograd.gradgradcheck(lambda x: adaptive_max_pool2d(x, (2, 3)), leaf, fast_mode=True)
 
 
 def test_gradient_that_was_not_in_sight(device):
@@ -221,8 +221,8 @@ def test_unpool_has_the_gradient_of_torch(device):
             assert torch.equal(mine, grad.flatten(2).gather(2, indices.flatten(2)).view_as(leaf))
     distinct = torch.randperm(8 * 9, device=device)[:20].view(1, 1, 4, 5)
     leaf = torch.randn(1, 1, 4, 5, device=device, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(lambda x: max_unpool2d_op(x, distinct, 8, 9), leaf)
-    torch.autograd.gradgradcheck(lambda x: max_unpool2d_op(x, distinct, 8, 9), leaf)
+    torch.autograd.gradcheck(lambda x: max_unpool2d_op(x, distinct, 8, 9), leaf, fast_mode=True)
+    torch.autograd.gradgradcheck(lambda x: max_unpool2d_op(x, distinct, 8, 9), leaf, fast_mode=True)
 
 
 # Stock constructor, arguments, size of an input.

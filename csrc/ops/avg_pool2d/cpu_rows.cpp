@@ -43,18 +43,27 @@ void pool_small(const AvgPool2dParams& p, const RowPlan& plan) {
   const Planes<scalar_t> planes(p, plan);
   Buffer<T> divisors(plan.pitch);
   column_divisors(p, 1, plan.pitch, divisors.data());
+  Buffer<PoolRange> windows(p.rows.outputs);
+  Buffer<T> row_divisors(p.rows.outputs);
+  for (int64_t o = 0; o < p.rows.outputs; ++o) {
+    windows[o] = p.rows.window(o);
+    row_divisors[o] = T(p.divisor_of(p.rows, true, o));
+  }
+  Buffer<TapMasks> masks(plan.pitch / kLanes<T>);
+  for (int64_t i = 0; i < plan.pitch; i += kLanes<T>)
+    masks[i / kLanes<T>] = tap_masks<K, S, T>(i * S - p.columns.padding, p.columns.size);
   parallel_for(planes.count(), planes.chunk(), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       planes.run(task, [&](const scalar_t* map, scalar_t* output, int64_t first, int64_t last) {
         for (int64_t oh = first; oh < last; ++oh) {
-          const PoolRange window = p.rows.window(oh);
-          const T row_divisor = T(p.divisor_of(p.rows, true, oh));
+          const PoolRange window = windows[oh];
+          const T row_divisor = row_divisors[oh];
           for (int64_t i = 0; i < plan.outputs; i += kLanes<T>) {
             Vec<T> sum{};
             for (int64_t y = window.begin; y < window.end; ++y) {
               Vec<T> taps[K];
-              load_taps<K, S, scalar_t, T>(map + y * p.map_stride[2], i * S - p.columns.padding, p.columns.size, T(0),
-                                           taps);
+              load_taps<K, S, scalar_t, T>(map + y * p.map_stride[2] + i * S - p.columns.padding, masks[i / kLanes<T>],
+                                           Vec<T>{}, taps);
               Vec<T> row = taps[0] + taps[1];
               if constexpr (K == 3) row += taps[2];
               sum += row;

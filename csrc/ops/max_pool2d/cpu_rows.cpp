@@ -160,11 +160,16 @@ void pool_small(const MaxPool2dParams& p, const RowPlan& plan) {
   const Planes<scalar_t> planes(p, plan);
   const int64_t W = p.columns.size;
   Columns<T> columns(p, plan);
+  Buffer<PoolRange> windows(p.rows.outputs);
+  for (int64_t o = 0; o < p.rows.outputs; ++o) windows[o] = p.rows.window(o);
+  Buffer<TapMasks> masks(plan.pitch / kLanes<T>);
+  for (int64_t i = 0; i < plan.pitch; i += kLanes<T>)
+    masks[i / kLanes<T>] = tap_masks<K, S, T>(i * S - p.columns.padding, W);
   parallel_for(planes.count(), planes.chunk(), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       planes.run(task, [&](const scalar_t* map, scalar_t* output, int32_t* out_places, int64_t first, int64_t last) {
         for (int64_t oh = first; oh < last; ++oh) {
-          const PoolRange window = p.rows.window(oh);
+          const PoolRange window = windows[oh];
           for (int64_t i = 0; i < plan.outputs; i += kLanes<T>) {
             Vec<T> best = splat(T(-__builtin_inf()));
             Mask<T> place{}, begin_place{};
@@ -175,7 +180,8 @@ void pool_small(const MaxPool2dParams& p, const RowPlan& plan) {
             const int64_t x = i * S - p.columns.padding;
             for (int64_t y = window.begin; y < window.end; ++y) {
               Vec<T> taps[K];
-              load_taps<K, S, scalar_t, T>(map + y * p.map_stride[2], x, W, T(-__builtin_inf()), taps);
+              load_taps<K, S, scalar_t, T>(map + y * p.map_stride[2] + x, masks[i / kLanes<T>],
+                                           splat(T(-__builtin_inf())), taps);
 #pragma GCC unroll 4
               for (int k = 0; k < K; ++k) take_larger<kPlaces>(best, place, taps[k], begin_place + P(k));
               if constexpr (kPlaces) begin_place += P(W);
