@@ -124,9 +124,37 @@ def empty(like: Tensor, size: Sequence[Any], channels_last: bool, dtype: torch.d
     return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
 
 
-def is_for_torch(input: Tensor) -> bool:
-    """Whether PyTorch's kernels run: of the backends that `pvk.backend` names. Ours on CUDA are not yet measured."""
-    return CHOICE.backend == "torch" or (CHOICE.backend == "auto" and input.is_cuda)
+def may_get_gradient(input: Tensor) -> bool:
+    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
+        return True  # its tensors do not say
+    return input.requires_grad and torch.is_grad_enabled()
+
+
+_FEW = 8  # channels: with fewer ours run along rows in channels_last too
+_SMALL = 32768  # elements of a map that the call itself takes longer than
+
+
+def is_for_torch(input: Tensor, of_maxima: bool, one_pixel: bool = False) -> bool:
+    """Whether PyTorch's kernels run: `pvk.backend` says so, or with "auto" where they were measured faster.
+
+    On the CPU PyTorch's are scalar in the contiguous layout and vectorised in channels_last, where ours are ahead in
+    the forward of maxima alone; and over a whole map.
+
+    Args:
+        of_maxima: Not of averages.
+        one_pixel: Whether one window is the whole map.
+    """
+    if CHOICE.backend != "auto":
+        return CHOICE.backend == "torch"
+    if input.is_cuda:  # ours are not yet measured there; they are deterministic
+        return not torch.are_deterministic_algorithms_enabled()
+    if one_pixel:
+        return True
+    trains = may_get_gradient(input)
+    small = not torch.compiler.is_compiling() and input.numel() < _SMALL  # no guard on sizes
+    if input.dim() == 4 and is_channels_last(input) and input.shape[1] >= _FEW:
+        return trains or small or not of_maxima
+    return trains and small
 
 
 def fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:

@@ -119,7 +119,7 @@ def avg_pool2d(
     window = _pooling.window_of(op, kernel_size, stride, padding)
     size = _pooling.output_size(op, window, input.shape[-2:], ceil_mode)
     require(divisor_override != 0, op, "divisor_override not to be 0", divisor_override)
-    if _pooling.is_for_torch(input):
+    if _pooling.is_for_torch(input, of_maxima=False):
         options = ceil_mode, count_include_pad, divisor_override
         return F.avg_pool2d(input, window[:2], window[2:4], window[4:6], *options)
     return _pool(input, window, size, count_include_pad, divisor_override or 0)
@@ -155,7 +155,7 @@ def avg_pool1d(
     _pooling.check_input(op, input, 3)
     window = _pooling.window_of(op, kernel_size, stride, padding, count=1)
     size = _pooling.output_size(op, window, (1, input.shape[-1]), ceil_mode)
-    if _pooling.is_for_torch(input):
+    if _pooling.is_for_torch(input, of_maxima=False):
         return F.avg_pool1d(input, window[1], window[3], window[5], ceil_mode, count_include_pad)
     return _pool(input.unsqueeze(-2), window, size, count_include_pad).squeeze(-2)
 
@@ -185,6 +185,6 @@ def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
     op = "adaptive_avg_pool2d"
     _pooling.check_input(op, input, empty_channels=True)
     size = _pooling.adaptive_size(op, output_size, input.shape[-2:])
-    if _pooling.is_for_torch(input):
+    if _pooling.is_for_torch(input, of_maxima=False, one_pixel=list(size) == [1, 1]):
         return F.adaptive_avg_pool2d(input, (size[0], size[1]))
     return _pool(input, [], size, True)

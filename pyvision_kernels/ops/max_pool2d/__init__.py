@@ -134,18 +134,11 @@ max_unpool2d_op = declare(
 )
 
 
-def _needs_places(input: Tensor) -> bool:
-    """Whether a gradient may be asked for."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
-        return True  # its tensors do not say
-    return input.requires_grad and torch.is_grad_enabled()
-
-
 def _pool(op: str, input: Tensor, window: list[int], size: list[Any], return_indices: bool) -> Any:
     """Of [N, C, H, W] or [C, H, W]."""
     _pooling.check_pixels(op, *input.shape[-2:])
     maps = input if input.dim() == 4 else input.unsqueeze(0)
-    values, places = max_pool2d_op(maps, window, *size, return_indices or _needs_places(input))
+    values, places = max_pool2d_op(maps, window, *size, return_indices or _pooling.may_get_gradient(input))
     if maps is not input:
         values = values.squeeze(0)
         places = places.squeeze(0) if return_indices else places
@@ -192,7 +185,7 @@ def max_pool2d(
     _pooling.check_input(op, input)
     window = _pooling.window_of(op, kernel_size, stride, padding, dilation)
     size = _pooling.output_size(op, window, input.shape[-2:], ceil_mode)
-    if _pooling.is_for_torch(input):
+    if _pooling.is_for_torch(input, of_maxima=True):
         return _TORCH.max_pool2d(input, window[:2], window[2:4], window[4:6], window[6:], ceil_mode, return_indices)
     return _pool(op, input, window, size, return_indices)
 
@@ -228,7 +221,7 @@ def max_pool1d(
     _pooling.check_input(op, input, 3)
     window = _pooling.window_of(op, kernel_size, stride, padding, dilation, 1)
     size = _pooling.output_size(op, window, (1, input.shape[-1]), ceil_mode)
-    if _pooling.is_for_torch(input):
+    if _pooling.is_for_torch(input, of_maxima=True):
         return _TORCH.max_pool1d(input, *(number for number in window[1::2]), ceil_mode, return_indices)
     result = _pool(op, input.unsqueeze(-2), window, size, return_indices)
     return (result[0].squeeze(-2), result[1].squeeze(-2)) if return_indices else result.squeeze(-2)
@@ -260,7 +253,7 @@ def adaptive_max_pool2d(input: Tensor, output_size: Any, return_indices: bool = 
     op = "adaptive_max_pool2d"
     _pooling.check_input(op, input)
     size = _pooling.adaptive_size(op, output_size, input.shape[-2:])
-    if _pooling.is_for_torch(input):
+    if _pooling.is_for_torch(input, of_maxima=True, one_pixel=list(size) == [1, 1]):
         return _TORCH.adaptive_max_pool2d(input, size, return_indices)
     return _pool(op, input, [], size, return_indices)
 
@@ -325,7 +318,7 @@ def max_unpool2d(
         size = wanted
     require(min(size) > 0, op, "an output with at least one pixel", size)
     _pooling.check_pixels(op, *size)
-    if _pooling.is_for_torch(input):
+    if _pooling.is_for_torch(input, of_maxima=True):
         return _TORCH.max_unpool2d(input, indices, kernel, step, around, size)
     if input.dim() == 3:
         return max_unpool2d_op(input.unsqueeze(0), indices.unsqueeze(0), *size).squeeze(0)
