@@ -285,3 +285,30 @@ def test_unpool_layer_is_a_drop_in():
 
 def _tuple(result):
     return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.mark.parametrize(
+    ("size", "layout", "trains", "ours"),
+    [
+        ((1, 16, 64, 64), "contiguous_format", False, True),
+        ((1, 16, 64, 64), "contiguous_format", True, True),
+        ((1, 16, 64, 64), "channels_last", False, True),
+        ((1, 16, 64, 64), "channels_last", True, False),
+        ((1, 3, 128, 128), "channels_last", True, True),
+        ((1, 16, 8, 8), "contiguous_format", False, True),
+        ((1, 16, 8, 8), "contiguous_format", True, False),
+        ((1, 16, 8, 8), "channels_last", False, False),
+    ],
+)
+def test_auto_takes_the_kernels_that_were_measured_faster(size, layout, trains, ours):
+    input = torch.randn(size).contiguous(memory_format=getattr(torch, layout)).requires_grad_(trains)
+    calls = {"maxima": pvk.ops.max_pool2d, "averages": pvk.ops.avg_pool2d}
+    for name, call in calls.items():
+        with pvk.backend("auto"), torch.profiler.profile(acc_events=True) as profile:
+            call(input, 2)
+        found = any(event.name.startswith("pvk::") for event in profile.events())
+        assert found == (ours and not (name == "averages" and layout == "channels_last" and size[1] > 3))
+    with pvk.backend("auto"), torch.profiler.profile(acc_events=True) as profile:
+        pvk.ops.adaptive_avg_pool2d(input, 1)
+        pvk.ops.adaptive_max_pool2d(input, 1)
+    assert not any(event.name.startswith("pvk::") for event in profile.events())
