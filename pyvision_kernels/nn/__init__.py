@@ -2,8 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+from pyvision_kernels.nn.avg_pool2d import AdaptiveAvgPool2d, AvgPool1d, AvgPool2d
 from pyvision_kernels.nn.conv import Conv1d, Conv2d
 from pyvision_kernels.nn.linear import Linear
+from pyvision_kernels.nn.max_pool2d import AdaptiveMaxPool2d, MaxPool1d, MaxPool2d, MaxUnpool2d
 from pyvision_kernels.nn.ps_roi_align import PSRoIAlign, PSRoIPool
 from pyvision_kernels.nn.roi_align import RoIAlign
 from pyvision_kernels.nn.roi_pool import RoIPool
@@ -11,7 +13,23 @@ from pyvision_kernels.nn.roi_pool import RoIPool
 if TYPE_CHECKING:
     from pyvision_kernels.nn.multiscale_roi_align import MultiScaleRoIAlign
 
-__all__ = ["Conv1d", "Conv2d", "Linear", "MultiScaleRoIAlign", "PSRoIAlign", "PSRoIPool", "RoIAlign", "RoIPool"]
+__all__ = [
+    "AdaptiveAvgPool2d",
+    "AdaptiveMaxPool2d",
+    "AvgPool1d",
+    "AvgPool2d",
+    "Conv1d",
+    "Conv2d",
+    "Linear",
+    "MaxPool1d",
+    "MaxPool2d",
+    "MaxUnpool2d",
+    "MultiScaleRoIAlign",
+    "PSRoIAlign",
+    "PSRoIPool",
+    "RoIAlign",
+    "RoIPool",
+]
 
 
 def __getattr__(name: str) -> Any:
