@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.hooks import RemovableHandle
 
 from pyvision_kernels import nn as ours
 from pyvision_kernels.convert.instructions import Found
@@ -96,7 +95,6 @@ class Plan:
         self.modules = list(unique.values())
         self.values = [module.__dict__ for module in unique.values()]
         self.training = list(map(_training, self.values))
-        self.registrations = -1  # of hooks, anywhere, when none of these modules had one
         self.hooks = [
             hooks
             for module in unique.values()
@@ -111,19 +109,9 @@ class Plan:
         """Whether modes, hooks and submodules are those that the function was made for. A few nanoseconds a module."""
         return (
             list(map(_training, self.values)) == self.training
-            and not self._is_hooked()
+            and not any(self.hooks)
             and self.submodules == self.submodules_seen
         )
-
-    def _is_hooked(self) -> bool:
-        """Whether hooks were registered since: torch counts all registrations, which saves a look at every module."""
-        count = RemovableHandle.next_id
-        if count == self.registrations:
-            return False
-        if any(self.hooks):
-            return True
-        self.registrations = count
-        return False
 
     def is_current_in_full(self) -> bool:
         """is_current, and whether the plain attributes of all modules are what they were; slower."""
