@@ -134,7 +134,7 @@ _FEW = 8  # channels: with fewer ours run along rows in channels_last too
 _SMALL = 32768  # elements of a map that the call itself takes longer than
 
 
-def is_for_torch(input: Tensor, of_maxima: bool, one_pixel: bool = False) -> bool:
+def is_for_torch(input: Tensor, of_maxima: bool, one_pixel: bool = False, dilated: bool = False) -> bool:
     """Whether PyTorch's kernels run: `pvk.backend` says so, or with "auto" where they were measured faster.
 
     On the CPU PyTorch's are scalar in the contiguous layout and vectorised in channels_last, where ours are ahead in
@@ -143,8 +143,9 @@ def is_for_torch(input: Tensor, of_maxima: bool, one_pixel: bool = False) -> boo
     Args:
         of_maxima: Not of averages.
         one_pixel: Whether one window is the whole map.
+        dilated: Then windows may have no pixel, for which PyTorch's gradient is written outside of the map: ours.
     """
-    if CHOICE.backend != "auto":
+    if CHOICE.backend != "auto" or dilated:
         return CHOICE.backend == "torch"
     if input.is_cuda:  # ours are not yet measured there; they are deterministic
         return not torch.are_deterministic_algorithms_enabled()

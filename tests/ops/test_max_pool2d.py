@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 
@@ -312,3 +313,42 @@ def test_auto_takes_the_kernels_that_were_measured_faster(size, layout, trains, 
         pvk.ops.adaptive_avg_pool2d(input, 1)
         pvk.ops.adaptive_max_pool2d(input, 1)
     assert not any(event.name.startswith("pvk::") for event in profile.events())
+
+
+@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
+def test_auto_leaves_no_window_without_a_pixel_to_torch(layout):
+    input = torch.randn(2, 8, 2, 70).contiguous(memory_format=getattr(torch, layout)).requires_grad_()
+    window = {"kernel_size": 2, "stride": (1, 5), "padding": 1, "dilation": 3}
+    with pvk.backend("auto"):
+        values, places = pvk.ops.max_pool2d(input, **window, return_indices=True)
+    assert torch.equal(places == -1, values == -INF)
+    assert (places == -1).any()
+    (grad,) = torch.autograd.grad(values.sum(), input)
+    assert grad.sum() == (places != -1).sum()
+
+
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (nn.AdaptiveAvgPool2d(1), (2, 4, 3, 8, 8)),
+        (nn.AdaptiveAvgPool2d(1), (8, 8)),
+        (nn.MaxPool2d(torch.tensor(2)), (1, 2, 4, 4)),
+    ],
+    ids=["video", "plane", "tensor"],
+)
+@pytest.mark.parametrize("backend", ["auto", "pvk"])
+def test_layers_take_what_the_stock_layer_takes(layer, size, backend):
+    input = torch.randn(size)
+    expected = layer(input)
+    with pvk.backend(backend):
+        assert torch.equal(pvk.convert(layer)(input), expected)
+    pvk.revert(layer)
+
+
+def test_an_operator_takes_a_map_without_columns():
+    for window in ([], [2, 2, 2, 2, 0, 0]):
+        for size in ((1, 1, 0, 3), (1, 1, 3, 0), (1, 16, 0, 3)):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                input = torch.zeros(size).contiguous(memory_format=layout)
+                with contextlib.suppress(RuntimeError):
+                    torch.ops.pvk.avg_pool2d(input, window, 1, 1, True, 0)

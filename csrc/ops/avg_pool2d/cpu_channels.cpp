@@ -45,26 +45,27 @@ void pool(const AvgPool2dParams& p) {
   // One output row an image: channels are shared out too.
   const int64_t parts = OH < 4 ? blocks : 1;
   const int64_t reads = max_of<int64_t>(1, p.C * max_of(p.rows.size / OH, int64_t(1)) * p.columns.size / parts);
-  parallel_for(p.N * OH * parts, max_of<int64_t>(1, kPiece / reads), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / parts / OH, oh = i / parts % OH;
-      const int64_t first = parts == 1 ? 0 : i % parts * 4 * kLane;
-      const int64_t last = parts == 1 ? p.C : min_of(first + 4 * kLane, p.C);
-      const scalar_t* const map = static_cast<const scalar_t*>(p.map) + n * p.map_stride[0];
-      const PoolRange rows = p.rows.window(oh);
-      const T row_divisor = T(p.divisor_of(p.rows, true, oh));
-      for (int64_t ow = 0; ow < OW; ++ow) {
-        scalar_t* const output = static_cast<scalar_t*>(p.pooled) + n * p.pooled_stride[0] + oh * p.pooled_stride[2] +
-                                 ow * p.pooled_stride[3];
-        const T divisor = row_divisor * divisors[ow];
-        int64_t c = first;
-        for (; last - c > 3 * kLane; c += 4 * kLane)
-          average_pixel<4, scalar_t, T>(p, map + c, rows, windows[ow], divisor, output + c, last - c - 3 * kLane);
-        for (; c < last; c += kLane)
-          average_pixel<1, scalar_t, T>(p, map + c, rows, windows[ow], divisor, output + c, last - c);
-      }
-    }
-  });
+  parallel_for(
+      p.N * OH * parts, max_of<int64_t>(1, kPiece / max_of<int64_t>(1, reads)), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t n = i / parts / OH, oh = i / parts % OH;
+          const int64_t first = parts == 1 ? 0 : i % parts * 4 * kLane;
+          const int64_t last = parts == 1 ? p.C : min_of(first + 4 * kLane, p.C);
+          const scalar_t* const map = static_cast<const scalar_t*>(p.map) + n * p.map_stride[0];
+          const PoolRange rows = p.rows.window(oh);
+          const T row_divisor = T(p.divisor_of(p.rows, true, oh));
+          for (int64_t ow = 0; ow < OW; ++ow) {
+            scalar_t* const output = static_cast<scalar_t*>(p.pooled) + n * p.pooled_stride[0] +
+                                     oh * p.pooled_stride[2] + ow * p.pooled_stride[3];
+            const T divisor = row_divisor * divisors[ow];
+            int64_t c = first;
+            for (; last - c > 3 * kLane; c += 4 * kLane)
+              average_pixel<4, scalar_t, T>(p, map + c, rows, windows[ow], divisor, output + c, last - c - 3 * kLane);
+            for (; c < last; c += kLane)
+              average_pixel<1, scalar_t, T>(p, map + c, rows, windows[ow], divisor, output + c, last - c);
+          }
+        }
+      });
 }
 
 template <typename scalar_t>

@@ -23,7 +23,7 @@ struct Planes {
   }
 
   int64_t count() const { return p.N * (group == 1 ? p.C : 1) * bands; }
-  int64_t chunk() const { return max_of<int64_t>(1, kPiece / (band * a_row)); }
+  int64_t chunk() const { return max_of<int64_t>(1, kPiece / max_of<int64_t>(1, band * a_row)); }
 
   // body(map's plane, output's plane, first output row, last)
   template <typename Body>
@@ -84,7 +84,7 @@ void pool_global(const AvgPool2dParams& p) {
   constexpr int64_t kLane = kLanes<T>, kBlock = 32 * kLane;
   const int64_t count = p.columns.size;
   const T divisor = T(p.divisor_of(p.rows, true, 0)) * T(p.divisor_of(p.columns, false, 0));
-  parallel_for(p.N * p.C, max_of<int64_t>(1, kPiece / count), [&](int64_t begin, int64_t end) {
+  parallel_for(p.N * p.C, max_of<int64_t>(1, kPiece / max_of<int64_t>(1, count)), [&](int64_t begin, int64_t end) {
     for (int64_t plane = begin; plane < end; ++plane) {
       const int64_t n = plane / p.C, c = plane % p.C;
       const scalar_t* const map = static_cast<const scalar_t*>(p.map) + n * p.map_stride[0] + c * p.map_stride[1];

@@ -118,6 +118,8 @@ def avg_pool2d(
     _pooling.check_input(op, input)
     window = _pooling.window_of(op, kernel_size, stride, padding)
     size = _pooling.output_size(op, window, input.shape[-2:], ceil_mode)
+    if divisor_override is not None and not isinstance(divisor_override, int):
+        raise TypeError(f"{op}: expected divisor_override to be an int or None, but got {divisor_override!r}")
     require(divisor_override != 0, op, "divisor_override not to be 0", divisor_override)
     if _pooling.is_for_torch(input, of_maxima=False):
         options = ceil_mode, count_include_pad, divisor_override

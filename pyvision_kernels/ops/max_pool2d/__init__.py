@@ -185,7 +185,7 @@ def max_pool2d(
     _pooling.check_input(op, input)
     window = _pooling.window_of(op, kernel_size, stride, padding, dilation)
     size = _pooling.output_size(op, window, input.shape[-2:], ceil_mode)
-    if _pooling.is_for_torch(input, of_maxima=True):
+    if _pooling.is_for_torch(input, of_maxima=True, dilated=window[6:] != [1, 1]):
         return _TORCH.max_pool2d(input, window[:2], window[2:4], window[4:6], window[6:], ceil_mode, return_indices)
     return _pool(op, input, window, size, return_indices)
 
@@ -221,7 +221,7 @@ def max_pool1d(
     _pooling.check_input(op, input, 3)
     window = _pooling.window_of(op, kernel_size, stride, padding, dilation, 1)
     size = _pooling.output_size(op, window, (1, input.shape[-1]), ceil_mode)
-    if _pooling.is_for_torch(input, of_maxima=True):
+    if _pooling.is_for_torch(input, of_maxima=True, dilated=window[6:] != [1, 1]):
         return _TORCH.max_pool1d(input, *(number for number in window[1::2]), ceil_mode, return_indices)
     result = _pool(op, input.unsqueeze(-2), window, size, return_indices)
     return (result[0].squeeze(-2), result[1].squeeze(-2)) if return_indices else result.squeeze(-2)
