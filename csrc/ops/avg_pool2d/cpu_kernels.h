@@ -9,7 +9,7 @@ namespace pvk::avg_pool2d::PVK_ISA {
 
 using namespace pvk::PVK_ISA;
 
-inline constexpr int64_t kPiece = 16384;  // elements of the map: below that, threads cost more than they bring
+inline constexpr int64_t kPiece = 16384;  // elements of the map that a thread gets at least
 
 // Planes, and channels_last maps with few channels: registers along rows.
 void forward_rows(const AvgPool2dParams& p);

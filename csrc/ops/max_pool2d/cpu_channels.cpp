@@ -11,7 +11,7 @@
 namespace pvk::max_pool2d::PVK_ISA {
 namespace {
 
-constexpr int64_t kPiece = 16384;  // elements: below that, threads cost more than they bring
+constexpr int64_t kPiece = 16384;  // elements of the map that a thread gets at least
 
 PVK_INLINE Mask<float> load_places(const int32_t* source, int64_t count, float) {
   Mask<float> places{};

@@ -12,7 +12,7 @@
 namespace pvk::max_pool2d::PVK_ISA {
 namespace {
 
-constexpr int64_t kPiece = 16384;           // elements of the map: below that, threads cost more than they bring
+constexpr int64_t kPiece = 16384;           // elements of the map that a thread gets at least
 constexpr int64_t kBandElements = 1 << 16;  // of the map, of a task
 
 template <typename scalar_t>

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from pyvision_kernels._case import Case, ErrorCase, Inputs, OpCases, error_case
 from pyvision_kernels.ops import adaptive_avg_pool2d, avg_pool1d, avg_pool2d
 from pyvision_kernels.ops.avg_pool2d import reference
+from pyvision_kernels.ops.max_pool2d.cases import adaptive_error, bytes_of
 
 
 def _case(name: str, size: tuple[int, ...], options: dict[str, Any] | None = None, **pooling: Any) -> Case:
@@ -35,11 +36,6 @@ SAME: dict[str, Any] = {"kernel_size": 3, "stride": 1, "padding": 1}
 def _error(name: str, error: type[Exception], message: str, op: str = "avg_pool2d", **changes: Any) -> ErrorCase:
     fitting = {"input": torch.ones(1, 3, 6, 6), "kernel_size": 2}
     return error_case(op, name, error, message, {**fitting, **changes})
-
-
-def _bytes(inputs: Inputs, output: torch.Tensor) -> float:
-    """The map once, the result once."""
-    return (inputs["input"].numel() + output.numel()) * output.element_size()
 
 
 def _additions(inputs: Inputs, output: torch.Tensor) -> float:
@@ -106,7 +102,7 @@ AVG_POOL2D = OpCases(
         ),
     ),
     flops=_additions,
-    bytes=_bytes,
+    bytes=bytes_of,
 )
 
 AVG_POOL1D = OpCases(
@@ -137,13 +133,8 @@ AVG_POOL1D = OpCases(
         ),
     ),
     flops=lambda inputs, output: float(output.numel() * inputs["kernel_size"]),
-    bytes=_bytes,
+    bytes=bytes_of,
 )
-
-
-def _adaptive_error(name: str, error: type[Exception], message: str, **changes: Any) -> ErrorCase:
-    fitting = {"input": torch.ones(1, 3, 6, 6), "output_size": 2}
-    return error_case("adaptive_avg_pool2d", name, error, message, {**fitting, **changes})
 
 
 ADAPTIVE_AVG_POOL2D = OpCases(
@@ -171,8 +162,15 @@ ADAPTIVE_AVG_POOL2D = OpCases(
         _bench("pyramid_pooling", (2, 512, 60, 60), "full", output_size=6),
     ),
     errors=(
-        _adaptive_error("negative", ValueError, "expected output_size not to be negative, but got -1", output_size=-1),
-        _adaptive_error(
+        adaptive_error(
+            "adaptive_avg_pool2d",
+            "negative",
+            ValueError,
+            "expected output_size not to be negative, but got -1",
+            output_size=-1,
+        ),
+        adaptive_error(
+            "adaptive_avg_pool2d",
             "empty_map",
             RuntimeError,
             "expected input to have no empty dimension but the batch, but got [1, 3, 0, 6]",
@@ -180,7 +178,7 @@ ADAPTIVE_AVG_POOL2D = OpCases(
         ),
     ),
     flops=lambda inputs, output: float(inputs["input"].numel()),
-    bytes=_bytes,
+    bytes=bytes_of,
 )
 
 CASES = (AVG_POOL2D, AVG_POOL1D, ADAPTIVE_AVG_POOL2D)

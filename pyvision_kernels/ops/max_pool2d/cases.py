@@ -200,9 +200,9 @@ MAX_POOL1D = OpCases(
 )
 
 
-def _adaptive_error(name: str, error: type[Exception], message: str, **changes: Any) -> ErrorCase:
+def adaptive_error(op: str, name: str, error: type[Exception], message: str, **changes: Any) -> ErrorCase:
     fitting = {"input": torch.ones(1, 3, 6, 6), "output_size": 2}
-    return error_case("adaptive_max_pool2d", name, error, message, {**fitting, **changes})
+    return error_case(op, name, error, message, {**fitting, **changes})
 
 
 ADAPTIVE_MAX_POOL2D = OpCases(
@@ -228,10 +228,15 @@ ADAPTIVE_MAX_POOL2D = OpCases(
         _bench("vgg_of_288", (8, 512, 9, 9), "full", output_size=7),
     ),
     errors=(
-        _adaptive_error(
-            "negative", ValueError, "expected output_size not to be negative, but got (2, -1)", output_size=(2, -1)
+        adaptive_error(
+            "adaptive_max_pool2d",
+            "negative",
+            ValueError,
+            "expected output_size not to be negative, but got (2, -1)",
+            output_size=(2, -1),
         ),
-        _adaptive_error(
+        adaptive_error(
+            "adaptive_max_pool2d",
             "empty_map",
             RuntimeError,
             "expected input to have no empty dimension but the batch, but got [1, 3, 0, 6]",
