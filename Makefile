@@ -1,12 +1,13 @@
 # make bench and make test do all set-up: a virtual environment, torch, the build. What is done is not done again.
 # TORCH=2.11.0 uses that version, in an environment of its own. PVK_VENV=none uses the python that is active.
-# make test PVK_SIMT=0 leaves out the emulator of CUDA kernels, which needs g++.
+# make test PVK_SIMT=0 leaves out the emulator of CUDA kernels, which needs g++; JOBS=1 runs the tests in one process.
 
 PYTHON ?= python3
 TORCH ?= 2.14.1
 ONLY ?=
 SAVE ?=
 PVK_SIMT ?= 1
+JOBS ?= 2
 
 # torch -> torchvision; nvcc is of the CUDA release that these were built with.
 VISION_2.11.0 := 0.26.0
@@ -64,18 +65,20 @@ bench: build
 bench-full: build
 	@$(RUN) -m benchmarks --full $(if $(ONLY),--only $(ONLY)) $(if $(SAVE),--save)
 
+# Two processes share the cores: threads that wait for each other are to sleep, not to spin.
+PYTEST = OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -q $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist worksteal)
 test: build-simt
-	@PVK_SIMT=$(PVK_SIMT) $(RUN) -m pytest $(if $(ONLY),-k $(ONLY))
+	@PVK_SIMT=$(PVK_SIMT) $(PYTEST) $(if $(ONLY),-k $(ONLY))
 
 test-full: build-simt
-	@PVK_SIMT=$(PVK_SIMT) PVK_TEST_FULL=1 $(RUN) -m pytest $(if $(ONLY),-k $(ONLY))
+	@PVK_SIMT=$(PVK_SIMT) PVK_TEST_FULL=1 $(PYTEST) $(if $(ONLY),-k $(ONLY))
 
 # Python is not built with the sanitizers, so they come first by LD_PRELOAD; libstdc++ too, for they look for its throw.
 SANITIZED = PVK_SIMT=asan PVK_SIMT_SEEDS=$(or $(PVK_SIMT_SEEDS),1) \
   LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1
 test-asan: build-asan
-	@$(SANITIZED) $(RUN) -m pytest -m simt $(if $(ONLY),-k $(ONLY))
+	@$(SANITIZED) $(PYTEST) -m simt $(if $(ONLY),-k $(ONLY))
 
 CPP_FILES = git ls-files --cached --others --exclude-standard '*.h' '*.cpp' '*.cu' '*.cuh'
 lint: $(READY)

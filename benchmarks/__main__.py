@@ -25,7 +25,7 @@ from benchmarks.sources import RESULTS, ROOT
 OUT = ROOT / "benchmarks" / "out"
 BUSY = 0.5  # Processes a CPU before we start.
 MODELS = "models"  # for --only: whole models alone
-SECONDS_OF_A_ROW = {"smoke": 0.02, "quick": 0.6, "full": 4.0}
+SECONDS_OF_A_ROW = {"smoke": 0.02, "quick": 0.4, "full": 4.0}
 
 
 class ShowProgress:

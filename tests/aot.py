@@ -58,6 +58,15 @@ OPCODES = {
         ("roi_align_backward_channels_kernel<float, 4", r"LDG\.E\.128", "16-byte loads of the gradient"),
         ("roi_align_backward_channels_kernel<float, 4", r"STG\.E\.128", "16-byte stores of the gradient"),
     ],
+    "avg_pool2d": [
+        ("avg_pool2d_forward_kernel<float, 4", r"LDG\.E\.128", "16-byte loads of the map"),
+        ("avg_pool2d_backward_kernel<__nv_bfloat16, 8", r"STG\.E\.128", "16-byte stores of the gradient"),
+    ],
+    "max_pool2d": [
+        ("max_pool2d_forward_kernel<float, 4, true", r"LDG\.E\.128", "16-byte loads of the map"),
+        ("max_pool2d_forward_kernel<__half, 8, true", r"STG\.E\.128", "16-byte stores of values and places"),
+        ("max_pool2d_backward_kernel<__nv_bfloat16, 8", r"LDG\.E\.128", "16-byte loads of gradients and places"),
+    ],
     "roi_pool": [
         ("roi_pool_forward_channels_kernel<float, 4", r"LDG\.E\.128", "16-byte loads of the map"),
         ("roi_pool_forward_channels_kernel<float, 4", r"STG\.E\.128", "16-byte stores of values and places"),
@@ -93,6 +102,8 @@ OPCODES = {
 }
 # op -> (kernel, as a prefix; instruction; why it must not be there)
 FORBIDDEN = {
+    "avg_pool2d": [("avg_pool2d_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
+    "max_pool2d": [("max_pool2d_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
     "ps_roi_align": [("ps_roi_align_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
     "nms": [("nms_soft_", r"\b(ATOMG?|RED)\.", "scores are decayed in one order: no atomics, deterministic")],
     "batch_norm": [("batch_norm_", r"\b(ATOMG?|RED)\.", "parts of a channel are merged in order")],

@@ -198,6 +198,21 @@ def test_hooks_of_blocks_are_called(name, when):
     assert norms(model, picture) < 6
 
 
+def test_hooks_that_are_put_aside_and_back_are_called():
+    model, picture = block()
+    forward(model, picture)
+    seen = []
+    layer = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    layer.register_forward_hook(lambda *_: seen.append(1))
+    kept = dict(layer._forward_hooks)
+    layer._forward_hooks.clear()
+    forward(model, picture)
+    assert not seen
+    layer._forward_hooks.update(kept)
+    forward(model, picture)
+    assert seen
+
+
 def test_global_hooks_see_every_layer():
     model, picture = block()
     forward(model, picture)

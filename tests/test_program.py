@@ -312,35 +312,62 @@ def _captured():
 
 
 def test_opcheck():
-    for inputs, constants, code in _captured():
-        torch.library.opcheck(program.graph_op.overload, (inputs, [item.detach() for item in constants], code))
+    for inputs, constants, *rest in _captured():
+        torch.library.opcheck(program.graph_op.overload, (inputs, [item.detach() for item in constants], *rest))
+
+
+_WRONG = (-7, -1, 50, 2**40, 2**62, -(2**63))
 
 
 @torch.no_grad()
 def test_wrong_code_is_an_error():
-    for inputs, constants, code in _captured():
-        operator = program.graph_op.overload
+    operator = program.graph_op.overload
+    for inputs, constants, outputs, code in _captured():
         for length in range(len(code)):
             with pytest.raises(RuntimeError):
-                operator(inputs, constants, code[:length])
+                operator(inputs, constants, outputs, code[:length])
         refused = 0
         for place in range(len(code)):
-            for value in (-7, -1, len(constants) + 3, 2**40, 2**62, -(2**63)):
-                wrong = [*code[:place], value, *code[place + 1 :]]
+            for value in _WRONG:
+                wrong = code.clone()
+                wrong[place] = value
                 try:
-                    operator(inputs, constants, wrong)
+                    operator(inputs, constants, outputs, wrong)
                 except RuntimeError:
                     refused += 1
         assert refused > 3 * len(code)
+        for wrong in (code.int(), code[None], torch.stack([code, code], 1)[:, 0], code.double()):
+            with pytest.raises(RuntimeError, match="expected code to be int64"):
+                operator(inputs, constants, outputs, wrong)
         with pytest.raises(RuntimeError, match="expected"):
-            operator(inputs, constants[::-1], code)
+            operator(inputs, constants[::-1], outputs, code)
         with pytest.raises(RuntimeError, match="expected"):
-            operator([item.double() for item in inputs], constants, code)
+            operator([item.double() for item in inputs], constants, outputs, code)
         with pytest.raises(RuntimeError, match="expected"):
-            operator([item[..., :1, :1] for item in inputs], constants, [len(code), *code])
+            operator([item[..., :1, :1] for item in inputs], constants, outputs, code)
         with pytest.raises(RuntimeError, match="at least one input"):
-            operator([], constants, code)
+            operator([], constants, outputs, code)
     huge = torch.zeros(1, 1, 1, 1).expand(2**31, 1, 2**31, 1)
     for kind in (program.MEAN, program.HARDSIGMOID, program.FLATTEN):
         with pytest.raises(RuntimeError, match="expected"):
-            operator([huge], [], [1, 1, 1, kind, 0, 0])
+            operator([huge], [], [1, 1, 4, *huge.shape], torch.tensor([kind, 0, 0]))
+
+
+@torch.no_grad()
+def test_wrong_outputs_are_an_error():
+    operator = program.graph_op.overload
+    for inputs, constants, outputs, code in _captured():
+        begins = [0]
+        while begins[-1] < len(outputs):
+            begins.append(begins[-1] + 3 + outputs[begins[-1] + 2])
+        for length in set(range(len(outputs))) - set(begins):
+            with pytest.raises(RuntimeError, match="expected more numbers"):
+                operator(inputs, constants, outputs[:length], code)
+        for place in range(len(outputs)):
+            if place - 1 in begins:  # the layout, which a convolution's map is free in
+                continue
+            for value in _WRONG:
+                with pytest.raises(RuntimeError, match="expected"):
+                    operator(inputs, constants, [*outputs[:place], value, *outputs[place + 1 :]], code)
+        with pytest.raises(RuntimeError, match="named once"):
+            operator(inputs, constants, outputs + outputs, code)

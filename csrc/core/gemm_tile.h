@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "core/epilogue.h"
+#include "core/cheap_activation.h"
 #include "core/math.h"
 #include "core/simd.h"
 #include "core/simd_partial.h"
@@ -34,13 +34,12 @@ inline constexpr int kAheadSteps = kRegisterBytes == 64 ? 4 : 16;
 template <typename T>
 inline constexpr int kPanelWidth = kTileVectors * kLanes<T>;
 
-// What may follow the sums in registers: sum * scale + shift + residual, then max(x, 0) for has_low, min(x, 6) for
-// has_high, or hardswish(x); stored. NaN stays NaN.
+// What may follow the sums in registers: activation(sum * scale + shift + residual), stored.
 template <typename T, typename Out = T>
 struct TileFinish {
   const T* scale;  // [width], as shift
   const T* shift;
-  bool has_low, has_high, hardswish;
+  CheapActivation<T> activation{Activation::kNone};
   Out* output;  // [rows][output_pitch]
   int64_t output_pitch;
   const Out* residual;  // [rows][residual_pitch], or null
@@ -109,24 +108,12 @@ struct Tile {
         for (int i = 0; i < kRows; ++i) sum[i][v] = fma(sum[i][v], scale, shift);
       }
     }
-    if (f.hardswish) {
+    f.activation.apply([&](auto operation) __attribute__((always_inline)) {
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sum[i][v] = activate<Activation::kHardswish, T>(sum[i][v]);
-    }
-    if (f.has_low) {
-#pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sum[i][v] = at_least(sum[i][v], T(0));
-    }
-    if (f.has_high) {
-#pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sum[i][v] = at_most(sum[i][v], T(6));
-    }
+        for (int v = 0; v < kVectors; ++v) sum[i][v] = operation(sum[i][v]);
+    });
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4

@@ -36,9 +36,9 @@ Block acquire(const View& map, int64_t element_size) {
   return Block(acquire_scratch(bytes), [bytes](void* data) { release_scratch(data, bytes); });
 }
 
-// What the head of the code says of a value that leaves the graph.
+// What is said beforehand of a value that leaves the graph.
 struct Output {
-  size_t id;
+  int64_t id;
   bool channels_last;
   Numbers sizes;
 };
@@ -52,8 +52,9 @@ struct Value {
 
 class Interpreter {
  public:
-  Interpreter(const Tensors& inputs, const Tensors& constants, const Numbers& code, Stream stream)
-      : constants_(constants), code_(code), stream_(stream), like_(inputs[0]), element_size_(like_.element_size()) {
+  Interpreter(const Tensors& inputs, const Tensors& constants, const Numbers& outputs, const Tensor& code,
+              Stream stream)
+      : constants_(constants), stream_(stream), like_(inputs[0]), element_size_(like_.element_size()) {
     for (const Tensor& input : inputs) {
       check_same_device(kOp, "inputs", input, "the first", inputs[0]);
       PVK_CHECK(input.dim() <= 4 && input.scalar_type() == inputs[0].scalar_type(), kOp,
@@ -61,43 +62,51 @@ class Interpreter {
                 input.scalar_type());
       values_.push_back({View(input), nullptr, std::nullopt, true});
     }
-  }
-
-  Tensors run() {
-    const int64_t instructions = next(), outputs = next();
-    PVK_CHECK(instructions >= 0 && instructions <= int64_t(code_.size()) && outputs >= 0 && outputs <= instructions,
-              kOp, ": expected code to have at most as many outputs as instructions, but got ", outputs, " and ",
-              instructions);
-    const int64_t inputs = int64_t(values_.size());
-    std::vector<Output> leaving(static_cast<size_t>(outputs));
-    output_of_.assign(size_t(inputs + instructions), nullptr);
-    for (Output& output : leaving) {
-      const int64_t id = next();
-      PVK_CHECK(id >= inputs && id < inputs + instructions && output_of_[size_t(id)] == nullptr, kOp,
-                ": expected an output to be the result of an instruction, named once, but got ", id);
-      output.id = size_t(id);
-      output.channels_last = next() != 0;
+    read(outputs.data(), outputs.size());
+    while (at_ < end_) {
+      Output output{next(), next() != 0, {}};
       const int64_t rank = next();
       PVK_CHECK(rank == 2 || rank == 4, kOp, ": expected an output to have 2 or 4 dimensions, but got ", rank);
       for (int64_t i = 0; i < rank; ++i) output.sizes.push_back(next());
-      output_of_[output.id] = &output;
+      PVK_CHECK(output_of(output.id) == nullptr, kOp, ": expected an output to be named once, but got ", output.id,
+                " twice");
+      outputs_.push_back(std::move(output));
     }
-    for (int64_t i = 0; i < instructions; ++i) step();
+    PVK_CHECK(code.dim() == 1 && code.scalar_type() == ScalarType::Long && code.is_contiguous(), kOp,
+              ": expected code to be int64 of one dimension, but got ", shape_of(code), " of ", code.scalar_type());
+    read(static_cast<const int64_t*>(code.data_ptr()), size_t(code.numel()));
+  }
+
+  Tensors run() {
+    const int64_t inputs = int64_t(values_.size());
+    while (at_ < end_) step();
     Tensors results;
-    for (const Output& output : leaving) results.push_back(*values_[output.id].output);
+    for (const Output& output : outputs_) {
+      PVK_CHECK(output.id >= inputs && output.id < int64_t(values_.size()), kOp,
+                ": expected an output to be the result of an instruction, but got ", output.id);
+      results.push_back(*values_[size_t(output.id)].output);
+    }
     return results;
   }
 
  private:
-  int64_t next() {
-    PVK_CHECK(at_ < code_.size(), kOp, ": expected code to have more than ", code_.size(), " numbers");
-    return code_[at_++];
+  void read(const int64_t* numbers, size_t count) {
+    at_ = numbers;
+    end_ = numbers + count;
   }
 
+  int64_t next() { return *next(1); }
+
   const int64_t* next(size_t count) {
-    PVK_CHECK(count <= code_.size() - at_, kOp, ": expected code to have more than ", code_.size(), " numbers");
+    PVK_CHECK(count <= size_t(end_ - at_), kOp, ": expected more numbers than there are");
     at_ += count;
-    return code_.data() + at_ - count;
+    return at_ - count;
+  }
+
+  const Output* output_of(int64_t id) const {
+    for (const Output& output : outputs_)
+      if (output.id == id) return &output;
+    return nullptr;
   }
 
   Value& value() {
@@ -128,9 +137,9 @@ class Interpreter {
 
   const View* optional_map() { return is_absent() ? nullptr : &value().view; }
 
-  // Maps within the graph are channels_last; a convolution's that leaves it is what the head says.
+  // Maps within the graph are channels_last; of those that leave it, a convolution's may be contiguous.
   bool leaves_contiguous() const {
-    const Output* const output = output_of_[values_.size()];
+    const Output* const output = output_of(int64_t(values_.size()));
     return output != nullptr && !output->channels_last;
   }
 
@@ -139,10 +148,10 @@ class Interpreter {
     Value made;
     made.lives = true;
     const View shape(nullptr, sizes, values_[0].view, channels_last);
-    if (const Output* const output = output_of_[values_.size()]) {
+    if (const Output* const output = output_of(int64_t(values_.size()))) {
       PVK_CHECK(output->channels_last == channels_last &&
                     std::equal(sizes.begin(), sizes.end(), output->sizes.begin(), output->sizes.end()),
-                kOp, ": expected the head of the code to say the size and the layout of value ", values_.size(), ", ",
+                kOp, ": expected outputs to say the size and the layout of value ", values_.size(), ", ",
                 shape_of(shape));
       made.output = empty(sizes, like_.scalar_type(), like_, channels_last);
       made.view = View(*made.output);
@@ -329,19 +338,19 @@ class Interpreter {
   }
 
   const Tensors& constants_;
-  const Numbers& code_;
-  size_t at_ = 0;
+  const int64_t* at_ = nullptr;
+  const int64_t* end_ = nullptr;
   const Stream stream_;
   const Tensor& like_;
   const int64_t element_size_;
   std::vector<Value> values_;
-  std::vector<const Output*> output_of_;  // by the value's number; null: it stays within
+  std::vector<Output> outputs_;
 };
 
-Tensors graph_op(const Tensors& inputs, const Tensors& constants, const Numbers& code) {
+Tensors graph_op(const Tensors& inputs, const Tensors& constants, const Numbers& outputs, const Tensor& code) {
   PVK_CHECK(!inputs.empty(), kOp, ": expected at least one input");
   const DeviceScope scope(inputs[0]);
-  return Interpreter(inputs, constants, code, scope.stream()).run();
+  return Interpreter(inputs, constants, outputs, code, scope.stream()).run();
 }
 
 }  // namespace

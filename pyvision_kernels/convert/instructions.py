@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from pyvision_kernels import _activation
+from pyvision_kernels import nn as ours
 from pyvision_kernels.convert import program
 from pyvision_kernels.convert.patterns import activation_of, is_in_place, max_pool_of
 
@@ -50,7 +51,7 @@ def _concatenation(node: fx.Node) -> Found | None:
 
 def _of_module(module: nn.Module) -> int | None:
     kind, values = type(module), vars(module)
-    if kind is nn.AdaptiveAvgPool2d and values["output_size"] in _ONE_PIXEL:
+    if kind in (nn.AdaptiveAvgPool2d, ours.AdaptiveAvgPool2d) and values["output_size"] in _ONE_PIXEL:
         return program.MEAN
     if kind is nn.Flatten and (values["start_dim"], values["end_dim"]) == (1, -1):
         return program.FLATTEN

@@ -281,7 +281,7 @@ Pair = tuple[int, int]
 def max_pool_of(node: fx.Node, module: nn.Module | None) -> tuple[Pair, Pair, Pair] | None:
     """Kernel, stride and padding (rows, columns) of a max pooling; None: of another call, or with other options."""
     if module is not None:
-        if type(module) is not nn.MaxPool2d:
+        if type(module) not in (nn.MaxPool2d, ours.MaxPool2d):
             return None
         values = vars(module)
     elif node.op == "call_function" and node.target in _POOL_FUNCTIONS:
@@ -309,6 +309,7 @@ _FRESH_MODULES = (
     *LAYERS,
     *(nn.Conv2d, nn.Conv1d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm),
     *(nn.LayerNorm, nn.GroupNorm, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, *ACTIVATION_MODULES),
+    *(ours.MaxPool2d, ours.AvgPool2d, ours.AdaptiveAvgPool2d),
 )
 _FRESH_FUNCTIONS = frozenset(
     {operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul, torch.add, torch.mul, torch.cat}

@@ -39,18 +39,20 @@ def _pooled(size: int, kernel: int, stride: int, padding: int) -> int:
     return (size + 2 * padding - kernel) // stride + 1
 
 
-def _fake(inputs, constants, code):
-    header = iter(code[2:])
+def _fake(inputs, constants, outputs, code):
+    numbers = iter(outputs)
     made = []
-    for _ in range(code[1]):
-        _, channels_last, rank = (next(header) for _ in range(3))
+    for _, channels_last, rank in zip(numbers, numbers, numbers, strict=False):
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        size = [next(header) for _ in range(rank)]
+        size = [next(numbers) for _ in range(rank)]
         made.append(torch.empty(size, dtype=inputs[0].dtype, device=inputs[0].device, memory_format=layout))
     return made
 
 
-graph_op = declare("_graph(Tensor[] inputs, Tensor[] constants, int[] code) -> Tensor[]", fake=_fake, cpu_only=True)
+# outputs: of each, the place of the value, whether it is channels_last, rank, sizes. code: the instructions.
+graph_op = declare(
+    "_graph(Tensor[] inputs, Tensor[] constants, int[] outputs, Tensor code) -> Tensor[]", fake=_fake, cpu_only=True
+)
 
 
 @dataclass(frozen=True)
@@ -76,20 +78,26 @@ class Program:
     """A stretch for arguments of one size, dtype and layout, and the weights as they are.
 
     Attributes:
-        code: None: it is to be run call by call.
+        code: As the operator takes it, thousands of numbers in a tensor; None: it is to be run call by call.
+        outputs: As the operator takes them.
         constants: Tensors that the code names.
     """
 
     def __init__(self, stretch: Stretch, arguments: Sequence[Tensor], back: bool):
         self.constants: list[Tensor] = []
-        self.code: list[int] | None = None
+        self.outputs: list[int] = []
+        self.code: Tensor | None = None
         steps = [instruction.step for instruction in stretch.instructions if instruction.step is not None]
         self.norms = [step.norm for step in steps if step.norm is not None]
         self.keepers = [*self.norms, *(step.packs for step in steps if type(step) is not NormStep)]
-        self.places = [(step.parameters, name) for step in steps if type(step) is not NormStep for name in _OF_LAYERS]
-        self.places += [place for norm in self.norms for place in norm.places()]
-        self.tensors = [held.get(name) for held, name in self.places]
+        places = [(step.parameters, name) for step in steps if type(step) is not NormStep for name in _OF_LAYERS]
+        places += [place for norm in self.norms for place in norm.places()]
+        self.holders, self.names = [held for held, _ in places], [name for _, name in places]
+        self.tensors = list(map(dict.get, self.holders, self.names))
         self.present = [tensor for tensor in self.tensors if tensor is not None]
+        # As of FoldedNorm, only identity, address and version of vectors are compared: what is looked at here is no
+        # longer in a cache when a model is called again.
+        self.weights = [tensor for tensor in self.present if tensor.dim() > 1]
         # Whether writes to all of them are; subclasses may have no memory of their own.
         self.counted = not any(type(tensor) not in PLAIN or tensor.is_inference() for tensor in self.present)
         self.seen: tuple[Any, ...] = ()
@@ -101,7 +109,7 @@ class Program:
         self.seen = self._look()
         assembler = _Assembler(self.constants, arguments, back)
         try:
-            self.code = assembler.assemble(stretch)
+            self.outputs, self.code = assembler.assemble(stretch)
         except DoesNotFit:
             self.constants.clear()
             assembler.made.clear()
@@ -113,7 +121,7 @@ class Program:
         """Whether the weights are those that it was made for, unchanged. Some tens of nanoseconds a tensor."""
         return (
             self.counted
-            and all(map(is_, self.tensors, [held.get(name) for held, name in self.places]))
+            and all(map(is_, self.tensors, map(dict.get, self.holders, self.names)))
             and all(map(is_, self.kept, map(kept_by, self.keepers)))
             and self._look() == self.seen
         )
@@ -123,8 +131,8 @@ class Program:
         return (
             list(map(_version_of, present)),
             list(map(_address_of, present)),
-            list(map(_size_of, present)),
-            list(map(_strides_of, present)),
+            list(map(_size_of, self.weights)),
+            list(map(_strides_of, self.weights)),
             [norm.norm.eps for norm in self.norms],
         )
 
@@ -152,21 +160,20 @@ class _Assembler:
             for argument in arguments
         ]
 
-    def assemble(self, stretch: Stretch) -> list[int]:
-        """The numbers of instructions and outputs, each output's place, layout, rank and size, the instructions."""
-        body: list[int] = []
+    def assemble(self, stretch: Stretch) -> tuple[list[int], Tensor]:
+        code: list[int] = []
         for instruction, dying in zip(stretch.instructions, stretch.dying, strict=True):
             size, numbers = _WRITERS[instruction.kind](self, instruction)
             if min(size) < 1:
                 raise DoesNotFit
             self.sizes.append(size)
             self.channels_last.append(len(size) == 4 and not (instruction.leaves and self.back))
-            body += [instruction.kind, *numbers, len(dying), *dying]
-        header = [len(stretch.instructions), len(stretch.outputs)]
+            code += [instruction.kind, *numbers, len(dying), *dying]
+        outputs: list[int] = []
         for value in stretch.outputs:
             size = self.sizes[value]
-            header += [value, int(self.channels_last[value]), len(size), *size]
-        return header + body
+            outputs += [value, int(self.channels_last[value]), len(size), *size]
+        return outputs, torch.tensor(code, device="cpu")
 
     def _constant(self, tensor: Tensor | None) -> int:
         if tensor is None:
@@ -325,7 +332,7 @@ class Stretch:
         program = self._program(arguments, back)
         if program is None or program.code is None:
             return self.call_by_call(*arguments, back)
-        results = self.operator(list(arguments), program.constants, program.code)
+        results = self.operator(list(arguments), program.constants, program.outputs, program.code)
         return results[0] if len(results) == 1 else results
 
     def _program(self, arguments: tuple[Tensor, ...], back: bool) -> Program | None:

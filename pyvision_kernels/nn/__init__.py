@@ -2,8 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+from pyvision_kernels.nn.avg_pool2d import AdaptiveAvgPool2d, AvgPool1d, AvgPool2d
 from pyvision_kernels.nn.conv import Conv1d, Conv2d
 from pyvision_kernels.nn.linear import Linear
+from pyvision_kernels.nn.max_pool2d import AdaptiveMaxPool2d, MaxPool1d, MaxPool2d, MaxUnpool2d
 from pyvision_kernels.nn.norm import BatchNorm1d, BatchNorm2d, LayerNorm
 from pyvision_kernels.nn.ps_roi_align import PSRoIAlign, PSRoIPool
 from pyvision_kernels.nn.roi_align import RoIAlign
@@ -13,12 +15,19 @@ if TYPE_CHECKING:
     from pyvision_kernels.nn.multiscale_roi_align import MultiScaleRoIAlign
 
 __all__ = [
+    "AdaptiveAvgPool2d",
+    "AdaptiveMaxPool2d",
+    "AvgPool1d",
+    "AvgPool2d",
     "BatchNorm1d",
     "BatchNorm2d",
     "Conv1d",
     "Conv2d",
     "LayerNorm",
     "Linear",
+    "MaxPool1d",
+    "MaxPool2d",
+    "MaxUnpool2d",
     "MultiScaleRoIAlign",
     "PSRoIAlign",
     "PSRoIPool",

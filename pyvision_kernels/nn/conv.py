@@ -9,7 +9,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from pyvision_kernels._packed import PacksOf
-from pyvision_kernels.nn._layer import Layer, is_for_torch, is_traced, keeps_packs, parameter_of
+from pyvision_kernels.nn._layer import Layer, is_for_torch, is_traced, parameters_of
 from pyvision_kernels.ops.conv2d import conv1d, conv2d, run
 from pyvision_kernels.ops.conv2d.geometry import Geometry
 from pyvision_kernels.ops.conv2d.variants import run_row
@@ -60,10 +60,7 @@ class Conv2d(Layer, nn.Conv2d):
             arguments = self.stride, self.padding, self.dilation, self.groups
             options: dict[str, Any] = {"activation": self.activation, "padding_mode": self.padding_mode}
             return conv2d(input, self.weight, self.bias, *arguments, **options)
-        held = self._parameters.get("weight")
-        packs = self._kept() if keeps_packs(self, held) else None
-        weight: Tensor = self.weight if held is None else held
-        bias = parameter_of(self, "bias")
+        weight, bias, packs = parameters_of(self)
         maps = input if input.dim() == 4 else input.unsqueeze(0)
         try:
             output = run(maps, weight, bias, geometry_of(self), activation=self.activation, packs=packs)
@@ -93,12 +90,10 @@ class Conv1d(Layer, nn.Conv1d):
             arguments = self.stride, self.padding, self.dilation, self.groups
             options: dict[str, Any] = {"activation": self.activation, "padding_mode": self.padding_mode}
             return conv1d(input, self.weight, self.bias, *arguments, **options)
-        held = self._parameters.get("weight")
-        packs = PacksOf(self._kept(), held) if held is not None and keeps_packs(self, held) else None
-        weight: Tensor = self.weight if held is None else held
-        bias = parameter_of(self, "bias")
+        weight, bias, packs = parameters_of(self)
+        row_packs = None if packs is None else PacksOf(packs, weight)
         try:
-            return run_row(input, weight, bias, geometry_of(self), activation=self.activation, packs=packs)
+            return run_row(input, weight, bias, geometry_of(self), activation=self.activation, packs=row_packs)
         except (RuntimeError, IndexError):
             super().forward(input)
             raise

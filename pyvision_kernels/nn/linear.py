@@ -7,7 +7,7 @@ from typing import Any
 import torch.fx
 from torch import Tensor, nn
 
-from pyvision_kernels.nn._layer import Layer, is_for_torch, is_traced, keeps_packs, parameter_of
+from pyvision_kernels.nn._layer import Layer, is_for_torch, is_traced, parameters_of
 from pyvision_kernels.ops.linear import linear, run
 
 # A leaf for torch.fx.
@@ -33,10 +33,7 @@ class Linear(Layer, nn.Linear):
             return self._activated(super().forward(input))
         if is_traced(input):
             return linear(input, self.weight, self.bias, activation=self.activation)
-        held = self._parameters.get("weight")
-        packs = self._kept() if keeps_packs(self, held) else None
-        weight: Tensor = self.weight if held is None else held
-        bias = parameter_of(self, "bias")
+        weight, bias, packs = parameters_of(self)
         try:
             return run(input, weight, bias, activation=self.activation, packs=packs)
         except (RuntimeError, IndexError):

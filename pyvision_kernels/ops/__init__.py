@@ -1,5 +1,6 @@
 """Functional ops. One folder a family of functions that run the same kernels."""
 
+from pyvision_kernels.ops.avg_pool2d import adaptive_avg_pool2d, avg_pool1d, avg_pool2d
 from pyvision_kernels.ops.batch_norm import batch_norm
 from pyvision_kernels.ops.box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou
 from pyvision_kernels.ops.conv2d import conv1d, conv2d, conv2d_max_pool2d, conv_transpose2d
@@ -10,6 +11,7 @@ from pyvision_kernels.ops.generalized_box_iou_loss import (
 )
 from pyvision_kernels.ops.layer_norm import layer_norm
 from pyvision_kernels.ops.linear import linear
+from pyvision_kernels.ops.max_pool2d import adaptive_max_pool2d, max_pool1d, max_pool2d, max_unpool2d
 from pyvision_kernels.ops.nms import batched_nms, batched_nms_padded, nms, soft_nms
 from pyvision_kernels.ops.ps_roi_align import ps_roi_align, ps_roi_pool
 from pyvision_kernels.ops.roi_align import multiscale_roi_align, roi_align
@@ -17,6 +19,10 @@ from pyvision_kernels.ops.roi_pool import roi_pool
 from pyvision_kernels.ops.sigmoid_focal_loss import sigmoid_focal_loss
 
 __all__ = [
+    "adaptive_avg_pool2d",
+    "adaptive_max_pool2d",
+    "avg_pool1d",
+    "avg_pool2d",
     "batch_norm",
     "batched_nms",
     "batched_nms_padded",
@@ -33,6 +39,9 @@ __all__ = [
     "generalized_box_iou_loss",
     "layer_norm",
     "linear",
+    "max_pool1d",
+    "max_pool2d",
+    "max_unpool2d",
     "multiscale_roi_align",
     "nms",
     "ps_roi_align",

@@ -1,12 +1,10 @@
 // conv2d for bindings: the operator's checks, for its own binding and for graphs.
 #pragma once
 
-#include "core/binding.h"
+#include "core/layer_binding.h"
 #include "ops/conv2d/conv2d.h"
 
 namespace pvk::conv2d {
-
-using OptionalTensor = std::optional<Tensor>;
 
 inline constexpr size_t kGeometryNumbers = 10;
 

@@ -53,21 +53,6 @@ int64_t output_size(const char* op, const char* axis, int64_t size, int64_t befo
   return (padded - reach) / stride + 1;
 }
 
-// Of one value a channel; makes them contiguous.
-DType check_channels(const char* op, const char* argument, OptionalTensor& values, const View& input,
-                     int64_t channels) {
-  if (!values) return DType::kFloat32;
-  PVK_CHECK(values->dim() == 1 && values->size(0) == channels, op, ": expected ", argument, " to have size [", channels,
-            "], but got ", shape_of(*values));
-  PVK_CHECK(values->scalar_type() == input.scalar_type() ||
-                (values->scalar_type() == ScalarType::Float && input.scalar_type() != ScalarType::Double),
-            op, ": expected ", argument, " to be ", input.scalar_type(),
-            " as input is, or float32 beside a 16-bit input, but got ", values->scalar_type());
-  check_same_device(op, argument, *values, "input", input);
-  if (!values->is_contiguous()) values = torch::stable::contiguous(*values);
-  return dtype_of(op, argument, *values);
-}
-
 void fill_weight(Conv2dParams& p, const char* op, const Tensor& weight, const Geometry& g, int64_t algorithm) {
   PVK_CHECK(algorithm >= 0 && algorithm <= int64_t(Algorithm::kFewChannels), op,
             ": expected algorithm to be 0 to 4, but got ", algorithm);
@@ -104,14 +89,11 @@ Conv2dParams prepare(const char* op, const View& input, Constants& constants, co
   check_weight(op, weight, g);
   PVK_CHECK(input.size(1) == weight.size(1) * g.groups, op, ": expected input to have ", weight.size(1) * g.groups,
             " channels as weight and groups have, but got ", shape_of(input));
-  PVK_CHECK(input.scalar_type() == weight.scalar_type(), op, ": expected weight to be ", input.scalar_type(),
-            " as input is, but got ", weight.scalar_type());
-  check_same_device(op, "weight", weight, "input", input);
+  check_as_input(op, "weight", weight, input);
   PVK_CHECK(g.padding_mode >= 0 && g.padding_mode <= int64_t(PaddingMode::kCircular), op,
             ": expected padding_mode to be 0 to 3, but got ", g.padding_mode);
-  PVK_CHECK(call.activation >= 0 && call.activation <= int64_t(Activation::kSigmoid), op,
-            ": expected activation to be 0 to 6, but got ", call.activation);
   Conv2dParams p{};
+  p.activation = activation_of(op, call.activation);
   p.N = input.size(0);
   p.H = input.size(2);
   p.W = input.size(3);
@@ -122,7 +104,6 @@ Conv2dParams prepare(const char* op, const View& input, Constants& constants, co
   p.padding_top = g.top;
   p.padding_left = g.left;
   p.padding_mode = PaddingMode(g.padding_mode);
-  p.activation = Activation(call.activation);
   p.pool = call.pool;
   const int64_t channels = weight.size(0);
   p.bias_dtype = check_channels(op, "bias", constants.bias, input, channels);
@@ -132,27 +113,16 @@ Conv2dParams prepare(const char* op, const View& input, Constants& constants, co
             constants.scale->scalar_type(), " as scale is, but got ", constants.shift->scalar_type());
   if (constants.shift) p.scale_dtype = shift_dtype;
   if (residual != nullptr) {
-    PVK_CHECK(residual->dim() == 4 && residual->size(0) == p.N && residual->size(1) == channels &&
-                  residual->size(2) == p.OH && residual->size(3) == p.OW,
-              op, ": expected residual to have size [", p.N, ", ", channels, ", ", p.OH, ", ", p.OW, "], but got ",
-              shape_of(*residual));
-    PVK_CHECK(residual->scalar_type() == input.scalar_type(), op, ": expected residual to be ", input.scalar_type(),
-              " as input is, but got ", residual->scalar_type());
-    check_same_device(op, "residual", *residual, "input", input);
+    check_size(op, "residual", *residual, {p.N, channels, p.OH, p.OW});
+    check_as_input(op, "residual", *residual, input);
   }
   fill_weight(p, op, weight, g, call.algorithm);
-  if (constants.packed) {
-    const Tensor& packed = *constants.packed;
-    check_same_device(op, "packed", packed, "input", input);
-    const int64_t bytes = packed_bytes(p, stream);
-    PVK_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() && packed.numel() == bytes, op,
-              ": expected packed to be ", bytes, " bytes of this weight and algorithm, but got ", shape_of(packed));
-    if (bytes > 0) p.packed = data_of(packed);
-  }
+  if (constants.packed)
+    p.packed = packed_data(op, *constants.packed, input, packed_bytes(p, stream), "this weight and algorithm");
   p.input = input.data();
-  p.bias = constants.bias ? data_of(*constants.bias) : nullptr;
-  p.scale = constants.scale ? data_of(*constants.scale) : nullptr;
-  p.shift = constants.shift ? data_of(*constants.shift) : nullptr;
+  p.bias = data_of(constants.bias);
+  p.scale = data_of(constants.scale);
+  p.shift = data_of(constants.shift);
   p.residual = residual != nullptr ? residual->data() : nullptr;
   for (int i = 0; i < 4; ++i) {
     p.input_stride[i] = input.stride(i);

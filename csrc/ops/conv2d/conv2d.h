@@ -46,6 +46,9 @@ struct Conv2dParams {
 
   PVK_HOST_DEVICE int64_t rows_out() const { return pool ? OH / 2 : OH; }
   PVK_HOST_DEVICE int64_t columns_out() const { return pool ? OW / 2 : OW; }
+  // Of the convolution, without an odd last one that pooling leaves out.
+  PVK_HOST_DEVICE int64_t whole_rows() const { return pool ? OH / 2 * 2 : OH; }
+  PVK_HOST_DEVICE int64_t whole_columns() const { return pool ? OW / 2 * 2 : OW; }
 };
 
 // Backend interface. pack() writes packed_bytes() bytes; it reads the fields of the weight and of the geometry alone,

@@ -16,7 +16,7 @@ using namespace pvk::PVK_ISA;
 template <typename Algorithm>
 void in_channels_last(const Conv2dParams& p, const Algorithm& algorithm) {
   const MapSize in{p.N, p.C, p.H, p.W};
-  const MapSize out{p.N, p.K, p.pool ? p.OH / 2 : p.OH, p.pool ? p.OW / 2 : p.OW};
+  const MapSize out{p.N, p.K, p.rows_out(), p.columns_out()};
   const bool input_fits = p.input_stride[1] == 1 || p.C == 1;
   const bool output_fits = p.output_stride[1] == 1 || p.K == 1;
   if (input_fits && output_fits) return algorithm(p);

@@ -39,10 +39,7 @@ void pool_tile(const scalar_t* rows, int64_t row_pitch, int64_t pitch, int64_t c
   using T = opmath_t<scalar_t>;
   for (int64_t o = 0; o + 1 < columns; o += 2, rows += 2 * pitch, output += output_pitch) {
     for_registers<T>(channels, [&](int64_t c) __attribute__((always_inline)) {
-      const scalar_t* x = rows + c;
-      const Vec<T> upper = pool_max<T>(load(x), load(x + pitch));
-      const Vec<T> lower = pool_max<T>(load(x + row_pitch), load(x + row_pitch + pitch));
-      store(output + c, pool_max<T>(upper, lower));
+      store(output + c, pool_window(rows + c, rows + row_pitch + c, pitch));
     });
   }
 }
@@ -90,7 +87,7 @@ void convolve_band(const Call<scalar_t>& call, const Band<scalar_t>& band, Buffe
                    Buffer<scalar_t>& finished) {
   using T = opmath_t<scalar_t>;
   const Conv2dParams& p = call.p;
-  const int64_t outputs = band.channels * call.M, OW = p.pool ? p.OW / 2 * 2 : p.OW;
+  const int64_t outputs = band.channels * call.M, OW = p.whole_columns();
   const bool direct = call.M == 1 && !p.pool && p.residual == nullptr && call.activation.is_cheap;
   const int64_t pitch = ceil_div(outputs, int64_t(kLanes<T>)) * kLanes<T> * (call.M > 1 ? call.M : 1);
   if (!direct) sums.reserve(kColumns * pitch);
@@ -197,10 +194,6 @@ int64_t tile_width(const Conv2dParams& p) {  // input columns that a tile reads
   return (kColumns - 1) * p.stride[1] + (p.S - 1) * p.dilation[1] + 1;
 }
 
-int64_t whole_rows(const Conv2dParams& p) {
-  return p.pool ? p.OH / 2 * 2 : p.OH;
-}
-
 // Tasks to a piece of work: all of them where waking a thread is not worth it.
 int64_t tasks_together(const Conv2dParams& p, int64_t tasks) {
   return p.N * p.K * p.OH * p.OW * p.R * p.S < kSmallWork ? tasks : 1;
@@ -209,7 +202,7 @@ int64_t tasks_together(const Conv2dParams& p, int64_t tasks) {
 // An even number of rows to a band: several tasks to a thread, and outputs that are written about in order, which pages
 // that are new like.
 int64_t band_of(const Conv2dParams& p, int64_t blocks, int64_t row_outputs) {
-  const int64_t OH = whole_rows(p), threads = thread_count();
+  const int64_t OH = p.whole_rows(), threads = thread_count();
   const int64_t wanted = ceil_div(threads * 6, max_of(int64_t(1), p.N * blocks));
   const int64_t fair = threads == 1 ? OH : ceil_div(OH, wanted);
   const int64_t longest = kBandOutputs / max_of(row_outputs, int64_t(1));
@@ -228,7 +221,7 @@ void run_in_place(Call<scalar_t> call, const TapTable& rows, const TapTable& col
   using T = opmath_t<scalar_t>;
   const Conv2dParams& p = call.p;
   const Blocks blocks(p.C, kBlockBytes / (p.R * tile_width(p) * int64_t(sizeof(scalar_t))) + 1, kLanes<T>);
-  const int64_t OH = whole_rows(p), band = band_of(p, blocks.count, p.OW * p.K), bands = ceil_div(OH, band);
+  const int64_t OH = p.whole_rows(), band = band_of(p, blocks.count, p.OW * p.K), bands = ceil_div(OH, band);
   const TapOffsets row_offsets(rows, p.input_stride[2]), column_offsets(columns, p.input_stride[3]);
   call.rows = row_offsets.data();
   call.columns = column_offsets.data();
@@ -304,7 +297,7 @@ template <typename scalar_t>
 void run_turned(Call<scalar_t> call, const TapTable& rows, const TapTable& columns) {
   using T = opmath_t<scalar_t>;
   const Conv2dParams& p = call.p;
-  const int64_t OH = whole_rows(p), M = call.M, OW = p.pool ? p.OW / 2 : p.OW;
+  const int64_t OH = p.whole_rows(), M = call.M, OW = p.columns_out();
   const bool reads_runs = p.input_stride[1] == 1, writes_straight = p.output_stride[1] == 1;
   const int64_t wanted = (reads_runs && writes_straight ? 4 : 2) * kLanes<T>;
   const Blocks blocks(p.C, min_of(p.C, wanted), kLanes<T>);

@@ -5,8 +5,8 @@
 #include "core/epilogue.h"
 #include "core/math.h"
 #include "core/simd.h"
-#include "ops/conv2d/cpu_cheap_activation.h"
 #include "ops/conv2d/cpu_kernels.h"
+#include "ops/conv2d/cpu_pool.h"
 #include "ops/conv2d/cpu_tap_table.h"
 
 namespace pvk::conv2d::PVK_ISA {

@@ -200,7 +200,7 @@ void depthwise_planes(const Conv2dParams& p, const opmath_t<scalar_t>* weight, i
   const int64_t M = p.K / p.C, taps = p.R * p.S;
   const TapTable rows(p, 0, 0), columns(p, 1, 0);
   const Geometry g = geometry_of<T>(p);
-  const int64_t OH = p.pool ? p.OH / 2 * 2 : p.OH, step = p.pool ? ceil_div(g.band, int64_t(2)) * 2 : g.band;
+  const int64_t OH = p.whole_rows(), step = p.pool ? ceil_div(g.band, int64_t(2)) * 2 : g.band;
   const int64_t bands = ceil_div(OH, step);
   const int64_t tiled_rows = ceil_div(step, int64_t(kRows)) * kRows;
   const int64_t band_rows = (tiled_rows - 1) * p.stride[0] + (p.R - 1) * p.dilation[0] + 1;

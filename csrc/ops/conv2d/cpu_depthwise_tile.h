@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
+#include "core/cheap_activation.h"
 #include "core/simd.h"
-#include "ops/conv2d/cpu_cheap_activation.h"
 
 namespace pvk::conv2d::PVK_ISA {
 
@@ -136,7 +136,10 @@ void convolve_tile(const DepthwiseTile<T>& tile, int64_t channels, const Depthwi
       const Vec<T> scale = load(out.scale + c), shift = load(out.shift + c);
 #pragma GCC unroll 8
       for (int o = 0; o < kColumns; ++o) sums[o] = fma(sums[o], scale, shift);
-      activation.apply(sums);
+      activation.apply([&](auto operation) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int o = 0; o < kColumns; ++o) sums[o] = operation(sums[o]);
+      });
       scalar_t* target = out.output + c;
       if (out.streams) {
 #pragma GCC unroll 8

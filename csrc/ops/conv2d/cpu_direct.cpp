@@ -6,8 +6,7 @@
 namespace pvk::conv2d::PVK_ISA {
 
 void forward_direct(const Conv2dParams& p) {
-  const int64_t pixels = p.pool ? (p.OH / 2) * (p.OW / 2) : p.OH * p.OW;
-  if (p.N * p.K * pixels == 0) return;
+  if (p.N * p.K * p.rows_out() * p.columns_out() == 0) return;
   if (p.dtype == DType::kFloat32) return forward_typed<float, float>(p);
   if (p.dtype == DType::kFloat64) return forward_typed<double, double>(p);
   forward_direct_half(p);

@@ -18,6 +18,7 @@
 #include "ops/conv2d/cpu_direct_groups.h"
 #include "ops/conv2d/cpu_direct_pack.h"
 #include "ops/conv2d/cpu_direct_taps.h"
+#include "ops/conv2d/cpu_pool.h"
 
 namespace pvk::conv2d::PVK_ISA {
 
@@ -108,10 +109,8 @@ void store_pooled(scalar_t* output, int64_t pitch, const opmath_t<scalar_t>* val
   for (int64_t i = 0; i < count; ++i)
     for (int64_t c = 0; c < channels; c += kLanes<T>) {
       Vec<T> largest = load(values + i * values_pitch + c);
-      for (int64_t corner = 1; corner < 4; ++corner) {
-        const Vec<T> value = load(values + (corner * count + i) * values_pitch + c);
-        largest = value > largest || value != value ? value : largest;
-      }
+      for (int64_t corner = 1; corner < 4; ++corner)
+        largest = pool_max<T>(load(values + (corner * count + i) * values_pitch + c), largest);
       if (channels - c < kLanes<T>) {
         store_first(output + i * pitch + c, largest, channels - c);
       } else {
@@ -156,7 +155,7 @@ void finish_windows(const Direct<In, scalar_t>& d, FinishRows<opmath_t<In>> rows
   rows.rows = 1;
   for (int64_t corner = 0; corner < 4; ++corner)
     for (int64_t window = first; window < first + count; ++window) {
-      const int64_t width = p.OW / 2, height = p.OH / 2;
+      const int64_t width = p.columns_out(), height = p.rows_out();
       const int64_t x = window % width * 2 + corner % 2, y = window / width % height * 2 + corner / 2;
       const scalar_t* const from = static_cast<const scalar_t*>(p.residual) + window / width / height * stride[0] +
                                    rows.first * stride[1] + y * stride[2] + x * stride[3];
@@ -174,11 +173,8 @@ bool finishes_in_registers(const Direct<In, scalar_t>& d, TileFinish<opmath_t<In
   if constexpr (sizeof(In) != sizeof(scalar_t)) return false;
   const Conv2dParams& p = d.p;
   if (p.pool || d.weights.depth() == 0) return false;
-  const Activation activation = d.epilogue.activation;
-  finish.hardswish = activation == Activation::kHardswish;
-  finish.has_high = activation == Activation::kRelu6;
-  finish.has_low = activation == Activation::kRelu || finish.has_high;
-  if (!finish.hardswish && !finish.has_low && activation != Activation::kNone) return false;
+  finish.activation = CheapActivation<opmath_t<In>>(d.epilogue.activation);
+  if (!finish.activation.is_cheap) return false;
   if (p.residual != nullptr) {
     const int64_t (&stride)[4] = p.residual_stride;
     if (stride[1] != 1 || stride[2] != p.OW * stride[3] || stride[0] != p.OH * stride[2]) return false;
@@ -356,7 +352,7 @@ void forward_typed(const Conv2dParams& p) {
   const DirectWeights<In> weights(p);
   const Epilogue<opmath_t<In>> epilogue(p.K, p.bias, p.bias_dtype, p.scale, p.shift, p.scale_dtype, p.activation);
   const bool finite = *static_cast<const int64_t*>(packed) != 0;
-  const int64_t units = p.pool ? p.N * (p.OH / 2) * (p.OW / 2) : p.N * p.OH * p.OW;
+  const int64_t units = p.N * p.rows_out() * p.columns_out();
   const Direct<In, scalar_t> direct{dense,
                                     weights,
                                     epilogue,

@@ -98,8 +98,8 @@ class FewChannels {
         activation_(p.activation),
         taps_(p.C * p.R * p.S),
         offsets_(p.C * p.R * p.S) {
-    OH_ = p.pool ? p.OH / 2 * 2 : p.OH;
-    OW_ = p.pool ? p.OW / 2 * 2 : p.OW;
+    OH_ = p.whole_rows();
+    OW_ = p.whole_columns();
     const bool channels_first = p.input_stride[3] < p.input_stride[1];
     layout_.column_step = channels_first ? 1 : p.C;
     layout_.channel_step = channels_first ? columns_.needed() : 1;
@@ -347,9 +347,7 @@ class FewChannels {
     for (int64_t i = 0; i < outputs; ++i) {
       for (int64_t v = 0; v < width; v += kLanes<T>) {
         const T* const x = rows + 4 * i * width + v;
-        const Vec<T> upper = pool_max<T>(load(x), load(x + width));
-        const Vec<T> lower = pool_max<T>(load(x + 2 * width), load(x + 3 * width));
-        store(rows + i * width + v, pool_max<T>(upper, lower));
+        store(rows + i * width + v, pool_window(x, x + 2 * width, width));
       }
     }
   }

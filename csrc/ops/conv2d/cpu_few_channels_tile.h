@@ -5,9 +5,10 @@
 
 #include <cstdint>
 
+#include "core/cheap_activation.h"
 #include "core/simd.h"
 #include "core/simd_partial.h"
-#include "ops/conv2d/cpu_cheap_activation.h"
+#include "ops/conv2d/cpu_pool.h"
 
 namespace pvk::conv2d::PVK_ISA {
 
@@ -72,8 +73,13 @@ void convolve_tile(const Tiles<scalar_t>& tiles, int64_t first) {
       const Vec<T> scale = load(tiles.scale + v * kLanes<T>), shift = load(tiles.shift + v * kLanes<T>);
 #pragma GCC unroll 16
       for (int i = 0; i < kCount; ++i) total[v][i] = fma(total[v][i], scale, shift);
-      tiles.activation->apply(total[v]);
     }
+    tiles.activation->apply([&](auto operation) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kWide; ++v)
+#pragma GCC unroll 16
+        for (int i = 0; i < kCount; ++i) total[v][i] = operation(total[v][i]);
+    });
   }
   if (tiles.outputs == nullptr) {
     T* const sums = tiles.sums + first * kWidth;

@@ -11,6 +11,7 @@
 #include "core/parallel.h"
 #include "core/transpose.h"
 #include "ops/conv2d/cpu_kernels.h"
+#include "ops/conv2d/cpu_pool.h"
 #include "ops/conv2d/cpu_winograd_product.h"
 #include "ops/conv2d/cpu_winograd_transforms.h"
 
@@ -130,11 +131,6 @@ __attribute__((noinline)) void activate_all(Activation activation, Vec<T>* value
   with_activation(activation, [&](auto tag) __attribute__((always_inline)) {
     for (int i = 0; i < count; ++i) values[i] = activate<decltype(tag)::value, T>(values[i]);
   });
-}
-
-template <typename T>
-PVK_INLINE Vec<T> larger_of(Vec<T> a, Vec<T> b) {  // NaN where either is
-  return a > b || a != a ? a : b;
 }
 
 template <typename scalar_t, int kOut>
@@ -406,9 +402,9 @@ class Convolution {
       scalar_t* const to = image + at.row * kPooled * row_stride + at.column * kPooled * column_stride;
       for (int i = 0; i < rows / 2; ++i)
         for (int j = 0; j < columns / 2; ++j) {
-          const Vec<T> upper = larger_of<T>(result[2 * i][2 * j], result[2 * i][2 * j + 1]);
-          const Vec<T> lower = larger_of<T>(result[2 * i + 1][2 * j], result[2 * i + 1][2 * j + 1]);
-          put(to + i * row_stride + j * column_stride, larger_of<T>(upper, lower), left);
+          const Vec<T> upper = pool_max<T>(result[2 * i][2 * j], result[2 * i][2 * j + 1]);
+          const Vec<T> lower = pool_max<T>(result[2 * i + 1][2 * j], result[2 * i + 1][2 * j + 1]);
+          put(to + i * row_stride + j * column_stride, pool_max<T>(upper, lower), left);
         }
       return;
     }

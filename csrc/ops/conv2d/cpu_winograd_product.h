@@ -4,6 +4,7 @@
 // those of the channels before: shorter chains of additions round less, which F(4x4, 3x3) needs.
 #pragma once
 
+#include "core/gemm_tile.h"
 #include "core/math.h"
 #include "core/simd.h"
 
@@ -68,26 +69,9 @@ inline void product_columns(const T* left, int64_t left_pitch, int64_t rows, con
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t count = ceil_div(rows, tiles - tile);
     const T* const next = tile + 1 < tiles ? left + count * left_pitch : next_left;
-    switch (count) {
-      case 6:
-        product_tile<T, 6, kVectors>(left, left_pitch, right, depth, sums, sums_pitch, add, next);
-        break;
-      case 5:
-        product_tile<T, 5, kVectors>(left, left_pitch, right, depth, sums, sums_pitch, add, next);
-        break;
-      case 4:
-        product_tile<T, 4, kVectors>(left, left_pitch, right, depth, sums, sums_pitch, add, next);
-        break;
-      case 3:
-        product_tile<T, 3, kVectors>(left, left_pitch, right, depth, sums, sums_pitch, add, next);
-        break;
-      case 2:
-        product_tile<T, 2, kVectors>(left, left_pitch, right, depth, sums, sums_pitch, add, next);
-        break;
-      case 1:
-        product_tile<T, 1, kVectors>(left, left_pitch, right, depth, sums, sums_pitch, add, next);
-        break;
-    }
+    with_rows<kProductRows>(int(count), [&](auto tag) __attribute__((always_inline)) {
+      product_tile<T, decltype(tag)::value, kVectors>(left, left_pitch, right, depth, sums, sums_pitch, add, next);
+    });
     rows -= count;
     left += count * left_pitch;
     sums += count * sums_pitch;

@@ -59,7 +59,7 @@ PVK_DEVICE opmath_t<scalar_t> value_at(const Conv2dParams& p, int64_t n, int64_t
 template <typename scalar_t>
 __global__ void __launch_bounds__(kBlockThreads) conv2d_kernel(const Conv2dParams p, bool channels_last) {
   using T = opmath_t<scalar_t>;
-  const int64_t PH = p.pool ? p.OH / 2 : p.OH, PW = p.pool ? p.OW / 2 : p.OW;
+  const int64_t PH = p.rows_out(), PW = p.columns_out();
   const int64_t count = p.N * p.K * PH * PW;
   for (int64_t i = int64_t(blockIdx.x) * kBlockThreads + threadIdx.x; i < count;
        i += int64_t(gridDim.x) * kBlockThreads) {
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kBlockThreads) conv2d_kernel(const Conv2dParam
 
 void forward(const Conv2dParams& p, Stream stream) {
   dispatch_dtype(p.dtype, [&]<typename scalar_t>() {
-    const int64_t count = p.N * p.K * (p.pool ? p.OH / 2 : p.OH) * (p.pool ? p.OW / 2 : p.OW);
+    const int64_t count = p.N * p.K * p.rows_out() * p.columns_out();
     const int64_t blocks = min_of(ceil_div(count, int64_t(kBlockThreads)), int64_t(1) << 20);
     launch(conv2d_kernel<scalar_t>, {dim3(unsigned(blocks)), dim3(kBlockThreads), 0, stream}, p,
            p.output_stride[1] == 1);

@@ -1,12 +1,10 @@
 // linear for bindings: the operator's checks, for its own binding and for graphs.
 #pragma once
 
-#include "core/binding.h"
+#include "core/layer_binding.h"
 #include "ops/linear/linear.h"
 
 namespace pvk::linear {
-
-using OptionalTensor = std::optional<Tensor>;
 
 // What a layer holds. prepare() makes what is not contiguous so.
 struct Constants {

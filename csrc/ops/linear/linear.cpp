@@ -22,43 +22,17 @@ LinearParams prepare(const char* op, const View& input, Constants& constants, co
   fill_weight(p, op, weight);
   PVK_CHECK(input.dim() == 2 && input.size(1) == p.C, op, ": expected input to have size [M, ", p.C,
             "] as weight has, but got ", shape_of(input));
-  PVK_CHECK(input.scalar_type() == weight.scalar_type(), op, ": expected weight to be ", input.scalar_type(),
-            " as input is, but got ", weight.scalar_type());
-  check_same_device(op, "weight", weight, "input", input);
-  PVK_CHECK(activation >= 0 && activation <= int64_t(Activation::kSigmoid), op,
-            ": expected activation to be 0 to 6, but got ", activation);
+  check_as_input(op, "weight", weight, input);
   p.M = input.size(0);
-  p.activation = Activation(activation);
-  p.bias_dtype = p.dtype;
-  if (constants.bias) {
-    Tensor& bias = *constants.bias;
-    PVK_CHECK(bias.dim() == 1 && bias.size(0) == p.K, op, ": expected bias to have size [", p.K, "], but got ",
-              shape_of(bias));
-    PVK_CHECK(bias.scalar_type() == input.scalar_type() ||
-                  (bias.scalar_type() == ScalarType::Float && input.scalar_type() != ScalarType::Double),
-              op, ": expected bias to be ", input.scalar_type(),
-              " as input is, or float32 beside a 16-bit input, but got ", bias.scalar_type());
-    check_same_device(op, "bias", bias, "input", input);
-    p.bias_dtype = dtype_of(op, "bias", bias);
-    if (!bias.is_contiguous()) bias = torch::stable::contiguous(bias);
-    p.bias = data_of(bias);
-  }
+  p.activation = activation_of(op, activation);
+  p.bias_dtype = check_channels(op, "bias", constants.bias, input, p.K);
+  p.bias = data_of(constants.bias);
   if (residual != nullptr) {
-    PVK_CHECK(residual->dim() == 2 && residual->size(0) == p.M && residual->size(1) == p.K, op,
-              ": expected residual to have size [", p.M, ", ", p.K, "], but got ", shape_of(*residual));
-    PVK_CHECK(residual->scalar_type() == input.scalar_type(), op, ": expected residual to be ", input.scalar_type(),
-              " as input is, but got ", residual->scalar_type());
-    check_same_device(op, "residual", *residual, "input", input);
+    check_size(op, "residual", *residual, {p.M, p.K});
+    check_as_input(op, "residual", *residual, input);
     p.residual = residual->data();
   }
-  if (constants.packed) {
-    const Tensor& packed = *constants.packed;
-    check_same_device(op, "packed", packed, "input", input);
-    const int64_t bytes = packed_bytes(p, stream);
-    PVK_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() && packed.numel() == bytes, op,
-              ": expected packed to be ", bytes, " bytes of this weight, but got ", shape_of(packed));
-    if (bytes > 0) p.packed = data_of(packed);
-  }
+  if (constants.packed) p.packed = packed_data(op, *constants.packed, input, packed_bytes(p, stream), "this weight");
   p.input = input.data();
   for (int i = 0; i < 2; ++i) {
     p.input_stride[i] = input.stride(i);
