@@ -382,4 +382,8 @@ void backward(const BatchNormBackwardParams& p, Stream stream) {
   });
 }
 
+int64_t partials_of(int64_t values, int64_t channels) {
+  return parts_of(values, channels) * 2 * channels;
+}
+
 }  // namespace pvk::batch_norm
