@@ -110,7 +110,7 @@ PVK_INLINE void store_elements(scalar_t* target, const Pair<opmath_t<scalar_t>>&
   if (count == kPair<scalar_t>) {
     store_pair<scalar_t, T>(target, pair.first, pair.second);
   } else if constexpr (kSplitsPairs<scalar_t>) {
-    const VecU32 raw = round_to_bfloat16(pair.first) | (round_to_bfloat16(pair.second) << 16);
+    const VecU32 raw = round_pair_to_bfloat16(pair.first, pair.second);
 #if defined(__AVX512F__)
     _mm512_mask_storeu_epi16(target, __mmask32((1u << count) - 1), (__m512i)raw);
 #else
@@ -130,7 +130,7 @@ template <typename scalar_t>
 PVK_INLINE void stream_elements(scalar_t* target, const Pair<opmath_t<scalar_t>>& pair) {
 #if defined(__AVX512F__)
   if constexpr (kSplitsPairs<scalar_t>) {
-    const VecU32 raw = round_to_bfloat16(pair.first) | (round_to_bfloat16(pair.second) << 16);
+    const VecU32 raw = round_pair_to_bfloat16(pair.first, pair.second);
     return _mm512_stream_si512(reinterpret_cast<__m512i*>(target), (__m512i)raw);
   }
   if constexpr (sizeof(scalar_t) == 2) {

@@ -101,31 +101,32 @@ __attribute__((noinline)) void activate_rarely(Pair<T>& pair, Activation activat
 }
 
 // Writes results of neighbours.
-template <bool kResidual, bool kRare, typename scalar_t>
+enum class Ending { kNone, kClamp, kRare };  // of the activation
+
+template <bool kResidual, Ending kEnding, typename scalar_t>
 struct Finish {
   using T = opmath_t<scalar_t>;
   const scalar_t *input, *residual;
   scalar_t* output;
   const Activation activation;
-  T low, high;
+  T high;
 
   explicit Finish(const BatchNormParams& p)
       : input(static_cast<const scalar_t*>(p.input)),
         residual(static_cast<const scalar_t*>(p.residual)),
         output(static_cast<scalar_t*>(p.output)),
         activation(p.activation),
-        low(activation == Activation::kNone ? -T(__builtin_inf()) : T(0)),
         high(activation == Activation::kRelu6 ? T(6) : T(__builtin_inf())) {}
 
   PVK_INLINE void write(int64_t i, int64_t n, bool past, const Pair<T>& center, const Pair<T>& scale,
                         const Pair<T>& shift) const {
+    prefetch_ahead(input + i);
+    if constexpr (kResidual) prefetch_ahead(residual + i);
     Pair<T> value = fma(load_elements(input + i, n) - center, scale, shift);
     if constexpr (kResidual) value = value + load_elements(residual + i, n);
-    if constexpr (kRare) {
-      activate_rarely(value, activation);
-    } else {
-      value = {at_most(at_least(value.first, low), high), at_most(at_least(value.second, low), high)};
-    }
+    if constexpr (kEnding == Ending::kRare) activate_rarely(value, activation);
+    if constexpr (kEnding == Ending::kClamp)
+      value = {at_most(at_least(value.first, T(0)), high), at_most(at_least(value.second, T(0)), high)};
     if (past) return stream_elements(output + i, value);
     store_elements(output + i, value, n);
   }
@@ -152,13 +153,14 @@ struct Finish {
 // body(Finish<...>) of the kind that is asked for.
 template <typename scalar_t, typename Body>
 void with_finish(const BatchNormParams& p, const Body& body) {
-  const bool rare = p.activation > Activation::kRelu6;
-  if (p.residual != nullptr) {
-    if (rare) return body(Finish<true, true, scalar_t>(p));
-    return body(Finish<true, false, scalar_t>(p));
-  }
-  if (rare) return body(Finish<false, true, scalar_t>(p));
-  body(Finish<false, false, scalar_t>(p));
+  const auto with = [&](auto residual) {
+    constexpr bool kResidual = decltype(residual)::value;
+    if (p.activation == Activation::kNone) return body(Finish<kResidual, Ending::kNone, scalar_t>(p));
+    if (p.activation <= Activation::kRelu6) return body(Finish<kResidual, Ending::kClamp, scalar_t>(p));
+    body(Finish<kResidual, Ending::kRare, scalar_t>(p));
+  };
+  if (p.residual != nullptr) return with(Flag<true>{});
+  with(Flag<false>{});
 }
 
 // ---- planes ----
@@ -272,6 +274,7 @@ void stats_of_rows(const BatchNormParams& p, const Rows& rows) {
       [&](int64_t offset, int64_t count, int64_t place, int64_t n, Pair<T>& sum, Pair<T>& square)
           __attribute__((always_inline)) {
             const Pair<T> middle(load(in_pairs + place), load(in_pairs + place + kLanes<T>));
+            prefetch_rows(rows, x, offset, place);
             for (int64_t r = 0; r < count; ++r) {
               const Pair<T> apart =
                   keep_first<scalar_t>(load_elements(x + offset + r * rows.width, n) - middle, n);

@@ -81,6 +81,8 @@ struct Map {
   template <bool kTraining>
   PVK_INLINE void write(int64_t i, int64_t n, bool past, const Pair<T>& center, const Pair<T>& from_sum,
                         const Pair<T>& slope, const Pair<T>& scale) const {
+    prefetch_ahead(grad + i);
+    if constexpr (kTraining) prefetch_ahead(input + i);
     const Pair<T> g = gradient(i, n);
     if (grad_residual != nullptr) store_elements(grad_residual + i, g, n);
     if (grad_input == nullptr) return;
@@ -174,6 +176,8 @@ void backward_rows(const BatchNormBackwardParams& p) {
                            [&](int64_t offset, int64_t count, int64_t place, int64_t n, Pair<T>& sum, Pair<T>& product)
                                __attribute__((always_inline)) {
                                  const Pair<T> middle = of(center + place);
+                                 prefetch_rows(rows, map.input, offset, place);
+                                 prefetch_rows(rows, map.grad, offset, place);
                                  for (int64_t r = 0; r < count; ++r)
                                    map.add(offset + r * rows.width, n, middle, sum, product);
                                });

@@ -23,7 +23,7 @@ struct Flag {
 };
 
 // So many elements go to a lane's sum in T, which then goes to one in double: shorter chains of rounding.
-constexpr int64_t kPairsOfSum = 8, kRowsOfSum = 16;
+constexpr int64_t kPairsOfSum = 8, kRowsOfSum = 8;
 constexpr int64_t kChannelsOfBlock = 32, kBytesOfBlock = 1 << 19;  // of planes, finished while in the L2 cache
 constexpr int64_t kElementsOfRows = 16384;                         // of a piece of rows
 constexpr int64_t kLeastWidth = 256, kMostWidth = 8192;            // of rows of several pixels
@@ -91,6 +91,25 @@ void spread(const Rows& rows, const opmath_t<scalar_t>* vector, opmath_t<scalar_
   for (int64_t i = rows.width; i < rows.pitch; ++i) target[place_in_pairs<scalar_t>(i)] = 0;
   for (int64_t first = 0; first < rows.width; first += rows.C)
     for (int64_t c = 0; c < rows.C; ++c) target[place_in_pairs<scalar_t>(first + c)] = vector[c];
+}
+
+// The cache is told of what a walk along rows comes to next: without that, the hardware follows neither a walk that also
+// reads vectors of channels nor one along several rows at once.
+template <typename scalar_t>
+PVK_INLINE void prefetch_ahead(const scalar_t* source) {
+  constexpr int kAhead = 4096;
+#pragma GCC unroll 4
+  for (int byte = 0; byte < kPair<scalar_t> * int(sizeof(scalar_t)); byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(source) + kAhead + byte, 0, 2);
+}
+
+// The same of the kRowsOfSum rows after those that are walked along together: a share of them at each place.
+template <typename scalar_t>
+PVK_INLINE void prefetch_rows(const Rows& rows, const scalar_t* map, int64_t offset, int64_t place) {
+  const char* const next = reinterpret_cast<const char*>(map + offset - place + kRowsOfSum * (rows.width + place));
+#pragma GCC unroll 32
+  for (int64_t line = 0; line < kRowsOfSum * kPair<scalar_t> * int64_t(sizeof(scalar_t)) / 64; ++line)
+    __builtin_prefetch(next + 64 * line, 0, 2);
 }
 
 // sums, [2, C], of what add(offset, rows, place, elements, one, other) adds to two pairs: `elements` of each of so many
