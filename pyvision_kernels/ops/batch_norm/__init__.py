@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pyvision_kernels import _activation
 from pyvision_kernels._backend import CHOICE
@@ -20,7 +21,6 @@ from pyvision_kernels._norm import (
     require_all_tensors,
 )
 from pyvision_kernels._op import Op, declare
-from pyvision_kernels.ops.batch_norm import reference
 
 _OP = "batch_norm"
 _BY_KERNEL = (0, 1, 2)  # none, relu, relu6: activations whose gradient the kernel takes
@@ -217,11 +217,11 @@ def _run(
     residual: Tensor | None,
     activation: str | None,
 ) -> Tensor:
-    count, channels = input.numel(), input.shape[1]
+    count = input.numel()
     if eps <= 0 and (training or eps < 0):
         least = "positive when training" if training else "non-negative"
         raise ValueError(f"{_OP}: expected eps to be {least}, but got {eps}")
-    if training and count == channels and count > 0:
+    if training and count > 0 and count == input.shape[1]:
         raise ValueError(
             f"{_OP}: expected input to have more than 1 value per channel when training, but got input size "
             f"{list(input.shape)}"
@@ -237,11 +237,12 @@ def _run(
         _check(input, residual, weight, bias, running_mean, running_var, training)
     # Of an empty map PyTorch's result is empty too, and no statistics are updated.
     if count == 0 or is_for_torch(input):
-        if residual is not None or weight is not None or bias is not None:
+        if residual is not None:  # else PyTorch checks
             _check(input, residual, weight, bias, running_mean, running_var, training)
-        options = {"residual": residual, "activation": activation}
-        kept = running_mean, running_var
-        return reference.batch_norm(input, *kept, weight, bias, training, momentum, eps, **options)
+        out = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        if residual is not None:
+            out = out + residual
+        return out if activation is None else _activation.FUNCTIONS[activation](out)
     if not input.is_contiguous():
         input = _laid_out(input)
     if residual is not None:
