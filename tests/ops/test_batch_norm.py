@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 
@@ -254,3 +255,38 @@ def test_layer_under_compile_and_fx():
     torch.testing.assert_close(ours.state_dict(), twin.state_dict())
     traced = torch.fx.symbolic_trace(ours.eval())
     torch.testing.assert_close(traced(x), twin.eval()(x))
+
+
+class _Stem(nn.Sequential):
+    def __init__(self, norm=None):
+        norm = norm or nn.BatchNorm2d(8)
+        head = nn.Flatten(), nn.Linear(8 * 36, 6), nn.BatchNorm1d(6)
+        super().__init__(nn.Conv2d(3, 8, 3, padding=1), norm, nn.ReLU(), *head)
+
+
+def test_convert_covers_them_in_training():
+    stock = _Stem().double()
+    ours = pvk.convert(copy.deepcopy(stock))
+    assert type(ours[1]) is pvk.nn.BatchNorm2d and type(ours[5]) is pvk.nn.BatchNorm1d
+    x = _normal(4, 3, 6, 6)
+    results = []
+    with pvk.backend("pvk"):
+        for model in (stock, ours):
+            out = model(x)
+            results.append((out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))))
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(ours.state_dict(), stock.state_dict())
+    assert type(pvk.revert(ours)[1]) is nn.BatchNorm2d
+
+
+def test_fused_where_it_has_no_activation_of_its_own():
+    for norm, parts in ((pvk.nn.BatchNorm2d(8), ("1", "relu")), (pvk.nn.BatchNorm2d(8, activation="silu"), ())):
+        model = _Stem(norm).double()
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias), model(_normal(4, 3, 6, 6))
+        x = _normal(2, 3, 6, 6)
+        expected = model.eval()(x)
+        fused = pvk.convert(model, fuse=True)
+        entries = {entry.name: entry for entry in pvk.conversion_report(fused)}
+        assert entries["0"].fused == tuple(part.replace("relu", "2") for part in parts)
+        with torch.no_grad():
+            torch.testing.assert_close(fused(x), expected)
