@@ -1,8 +1,8 @@
 """The one way to declare an op: schema, fake, autograd, autocast, vmap, and the path below autograd.
 
 The kernels are registered in C++ (`csrc/ops/<op>/<op>.cpp`); everything that Python decides about an op is declared
-here. What `torch.library` registers for autograd costs tens of microseconds a call. So where nothing is tracing, a call is
-dispatched below autograd where nothing can ask for a gradient, and else made by a `torch.autograd.Function` of the op.
+here. What `torch.library` registers for autograd costs tens of microseconds a call. So where nothing is tracing, a call
+is dispatched below autograd where nothing can ask for a gradient, and else made by a `torch.autograd.Function`.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class Op:
         if self.takes_lists:
             tensors = _flatten(tuple(tensors))[1]
         for tensor in tensors:
-            if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
-                if isinstance(tensor, torch.Tensor):
-                    return self.overload(*args)
+            kind = type(tensor)
+            if kind is not torch.Tensor and kind is not torch.nn.Parameter and isinstance(tensor, torch.Tensor):
+                return self.overload(*args)
         if torch._C._get_tracing_state() is not None:
             return self.overload(*args)
         if torch.is_grad_enabled():
@@ -167,6 +167,7 @@ def _function(
     op: Op, setup: Callable[..., None], gradient: Callable[..., Any], batch: Callable[..., Any] | None
 ) -> type[torch.autograd.Function]:
     """The op for functorch: what `register_autograd` makes does not compose with torch.func.grad."""
+
     class Function(torch.autograd.Function):
         # A Function sees no tensor in a list: it gets the elements, and the lengths of the lists.
         @staticmethod
@@ -198,9 +199,7 @@ def _function(
     return Function
 
 
-def _eager_function(
-    op: Op, setup: Callable[..., None], gradient: Callable[..., Any]
-) -> type[torch.autograd.Function]:
+def _eager_function(op: Op, setup: Callable[..., None], gradient: Callable[..., Any]) -> type[torch.autograd.Function]:
     """The op for plain tensors: apply() of a Function with a `setup_context` inspects a signature at every call."""
 
     class Function(torch.autograd.Function):

@@ -292,21 +292,9 @@ PVK_INLINE void load_pair<BFloat16, float>(const BFloat16* source, Vec<float>& e
   odd = (Vec<float>)(raw & 0xffff0000u);
 }
 
-// Both rounded to nearest even, those of `odd` in the high halves of the lanes; NaN stays NaN.
-PVK_INLINE VecU32 round_pair_to_bfloat16(Vec<float> even, Vec<float> odd) {
-#if defined(__AVX512F__)
-  const VecU32 low = (VecU32)even, high = (VecU32)odd;
-  const VecU32 rounded_low = (low + 0x7fff + ((low >> 16) & 1)) >> 16;
-  const VecU32 rounded_high = high + 0x7fff + ((high >> 16) & 1);
-  if (_mm512_cmp_ps_mask((__m512)even, (__m512)odd, _CMP_UNORD_Q) == 0) [[likely]]
-    return (VecU32)_mm512_mask_blend_epi16(0xaaaaaaaau, (__m512i)rounded_low, (__m512i)rounded_high);
-#endif
-  return round_to_bfloat16(even) | (round_to_bfloat16(odd) << 16);
-}
-
 template <>
 PVK_INLINE void store_pair<BFloat16, float>(BFloat16* target, Vec<float> even, Vec<float> odd) {
-  const VecU32 raw = round_pair_to_bfloat16(even, odd);
+  const VecU32 raw = round_to_bfloat16(even) | (round_to_bfloat16(odd) << 16);
   std::memcpy(target, &raw, sizeof(raw));
 }
 

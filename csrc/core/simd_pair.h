@@ -78,6 +78,18 @@ PVK_INLINE Pair<T> keep_first(const Pair<T>& pair, int64_t count) {
   return {keep_first<T>(pair.first, first), keep_first<T>(pair.second, count - first)};
 }
 
+// Both rounded to nearest even, those of `odd` in the high halves of the lanes; NaN stays NaN.
+PVK_INLINE VecU32 round_pair_to_bfloat16(Vec<float> even, Vec<float> odd) {
+#if defined(__AVX512F__)
+  const VecU32 low = (VecU32)even, high = (VecU32)odd;
+  const VecU32 rounded_low = (low + 0x7fff + ((low >> 16) & 1)) >> 16;
+  const VecU32 rounded_high = high + 0x7fff + ((high >> 16) & 1);
+  if (_mm512_cmp_ps_mask((__m512)even, (__m512)odd, _CMP_UNORD_Q) == 0) [[likely]]
+    return (VecU32)_mm512_mask_blend_epi16(0xaaaaaaaau, (__m512i)rounded_low, (__m512i)rounded_high);
+#endif
+  return round_to_bfloat16(even) | (round_to_bfloat16(odd) << 16);
+}
+
 // The first `count` of a pair's elements; zeros in the place of the others.
 template <typename scalar_t>
 PVK_INLINE Pair<opmath_t<scalar_t>> load_elements(const scalar_t* source, int64_t count) {
@@ -107,10 +119,12 @@ PVK_INLINE Pair<opmath_t<scalar_t>> load_elements(const scalar_t* source, int64_
 template <typename scalar_t>
 PVK_INLINE void store_elements(scalar_t* target, const Pair<opmath_t<scalar_t>>& pair, int64_t count) {
   using T = opmath_t<scalar_t>;
-  if (count == kPair<scalar_t>) {
-    store_pair<scalar_t, T>(target, pair.first, pair.second);
-  } else if constexpr (kSplitsPairs<scalar_t>) {
+  if constexpr (kSplitsPairs<scalar_t>) {
     const VecU32 raw = round_pair_to_bfloat16(pair.first, pair.second);
+    if (count == kPair<scalar_t>) {
+      std::memcpy(target, &raw, sizeof(raw));
+      return;
+    }
 #if defined(__AVX512F__)
     _mm512_mask_storeu_epi16(target, __mmask32((1u << count) - 1), (__m512i)raw);
 #else
@@ -118,6 +132,8 @@ PVK_INLINE void store_elements(scalar_t* target, const Pair<opmath_t<scalar_t>>&
     std::memcpy(part, &raw, sizeof(raw));
     for (int64_t i = 0; i < count; ++i) target[i] = part[i];
 #endif
+  } else if (count == kPair<scalar_t>) {
+    store_pair<scalar_t, T>(target, pair.first, pair.second);
   } else {
     const int64_t first = count_of_first<scalar_t>(count);
     store_first(target, pair.first, first);

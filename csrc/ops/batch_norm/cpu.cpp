@@ -1,9 +1,9 @@
 // Batch normalisation on the CPU, forward; cpu_backward.cpp is the backward.
 //
-// Planes: a block of channels is one thread's, from its sums to its result, while it is in the cache. Rows: parts of the
-// rows make sums, which are added in order; then rows are finished, the last ones first.
-// Sums are those of differences to a value of the channel's own range, and of their squares, a few in T and these in
-// double; a channel for which that range was a poor guess is summed again (docs/ops/batch_norm.md).
+// Planes: a block of channels is one thread's, from its sums to its result, while it is in the cache. Rows: parts of
+// the rows make sums, which are added in order; then rows are finished, the last ones first. Sums are those of
+// differences to a value of the channel's own range, and of their squares, a few in T and these in double; a channel
+// for which that range was a poor guess is summed again (docs/ops/batch_norm.md).
 #include "core/epilogue.h"
 #include "core/isa.h"
 #include "ops/batch_norm/cpu_pieces.h"
@@ -269,19 +269,18 @@ void stats_of_rows(const BatchNormParams& p, const Rows& rows) {
   centers_of_rows<scalar_t>(p, center);
   spread<scalar_t>(rows, center, in_pairs);
   Buffer<double> sums(2 * p.C);
-  sums_of_rows<scalar_t>(
-      rows, sums.data(),
-      [&](int64_t offset, int64_t count, int64_t place, int64_t n, Pair<T>& sum, Pair<T>& square)
-          __attribute__((always_inline)) {
-            const Pair<T> middle(load(in_pairs + place), load(in_pairs + place + kLanes<T>));
-            prefetch_rows(rows, x, offset, place);
-            for (int64_t r = 0; r < count; ++r) {
-              const Pair<T> apart =
-                  keep_first<scalar_t>(load_elements(x + offset + r * rows.width, n) - middle, n);
-              sum = sum + apart;
-              square = fma(apart, apart, square);
-            }
-          });
+  sums_of_rows<scalar_t>(rows, sums.data(),
+                         [&](int64_t offset, int64_t count, int64_t place, int64_t n, Pair<T>& sum, Pair<T>& square)
+                             __attribute__((always_inline)) {
+                               const Pair<T> middle(load(in_pairs + place), load(in_pairs + place + kLanes<T>));
+                               prefetch_rows(rows, x, offset, place);
+                               for (int64_t r = 0; r < count; ++r) {
+                                 const Pair<T> apart =
+                                     keep_first<scalar_t>(load_elements(x + offset + r * rows.width, n) - middle, n);
+                                 sum = sum + apart;
+                                 square = fma(apart, apart, square);
+                               }
+                             });
   int64_t bad = 0;
   for (int64_t c = 0; c < p.C; ++c) bad += !write_stats<T>(p, c, double(center[c]), sums[c], sums[p.C + c]);
   if (bad == 0) return;

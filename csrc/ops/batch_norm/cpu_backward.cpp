@@ -144,11 +144,11 @@ void backward_planes(const BatchNormBackwardParams& p) {
           const Pair<T> center(slopes.center()[c]), from_sum(slopes.from_sum()[c]), slope(slopes.slope()[c]);
           const Pair<T> scale(slopes.scale()[c]);
           const int64_t plane = (n * p.C + c) * p.S;
-          for_pairs_of_target<scalar_t>(
-              map.grad_input + plane, p.S, past && map.grad_input != nullptr,
-              [&](int64_t i, int64_t count, bool streamed) __attribute__((always_inline)) {
-                map.template write<kTraining>(plane + i, count, streamed, center, from_sum, slope, scale);
-              });
+          for_pairs_of_target<scalar_t>(map.grad_input + plane, p.S, past && map.grad_input != nullptr,
+                                        [&](int64_t i, int64_t count, bool streamed) __attribute__((always_inline)) {
+                                          map.template write<kTraining>(plane + i, count, streamed, center, from_sum,
+                                                                        slope, scale);
+                                        });
         }
       }
     };
@@ -165,9 +165,8 @@ void backward_rows(const BatchNormBackwardParams& p) {
   Buffer<T> in_pairs(4 * rows.pitch);
   T *const center = in_pairs.data(), *const from_sum = center + rows.pitch, *const slope = from_sum + rows.pitch,
            *const scale = slope + rows.pitch;
-  const auto of = [](const T* vector) __attribute__((always_inline)) {
-    return Pair<T>{load(vector), load(vector + kLanes<T>)};
-  };
+  const auto of = [](const T* vector)
+                      __attribute__((always_inline)) { return Pair<T>{load(vector), load(vector + kLanes<T>)}; };
   spread<scalar_t>(rows, static_cast<const T*>(p.stats), center);
   Buffer<double> sums(2 * p.C);
   for (int64_t c = 0; c < 2 * p.C; ++c) sums[c] = 0;

@@ -1,7 +1,7 @@
 // Batch normalisation on the CPU: how maps are cut into pieces, and vectors of channels.
 //
-// A map is planes, one of each channel and image; or rows, in which the channels of neighbouring pixels lie side by side.
-// The borders of pieces depend on sizes alone, so that the number of threads changes no bit.
+// A map is planes, one of each channel and image; or rows, in which the channels of neighbouring pixels lie side by
+// side. The borders of pieces depend on sizes alone, so that the number of threads changes no bit.
 #pragma once
 
 #include "core/buffer.h"
@@ -93,8 +93,8 @@ void spread(const Rows& rows, const opmath_t<scalar_t>* vector, opmath_t<scalar_
     for (int64_t c = 0; c < rows.C; ++c) target[place_in_pairs<scalar_t>(first + c)] = vector[c];
 }
 
-// The cache is told of what a walk along rows comes to next: without that, the hardware follows neither a walk that also
-// reads vectors of channels nor one along several rows at once.
+// The cache is told of what a walk along rows comes to next: without that, the hardware follows neither a walk that
+// also reads vectors of channels nor one along several rows at once.
 template <typename scalar_t>
 PVK_INLINE void prefetch_ahead(const scalar_t* source) {
   constexpr int kAhead = 4096;
@@ -157,8 +157,7 @@ void for_rows_backwards(const Rows& rows, bool past, const Body& body) {
   parallel_for(pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = (pieces - 1 - i) * piece, last = min_of(first + piece, all);
-      for (int64_t row = first; row < last; ++row)
-        body(row * rows.width, row < rows.count ? rows.width : rows.rest);
+      for (int64_t row = first; row < last; ++row) body(row * rows.width, row < rows.count ? rows.width : rows.rest);
     }
     if (past) end_of_streams();
   });

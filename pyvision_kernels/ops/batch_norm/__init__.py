@@ -231,9 +231,12 @@ def _run(
             raise ValueError(f"{_OP}: expected running_mean and running_var to both be None or Tensors, but got one")
         if not training:
             _check(input, residual, weight, bias, running_mean, running_var, training)
-    elif running_mean.dim() != 1 or running_var.dim() != 1 or running_mean.dtype is not running_var.dtype:
-        _check(input, residual, weight, bias, running_mean, running_var, training)
-    elif running_mean.dtype is not input.dtype:
+    elif (
+        running_mean.dim() != 1
+        or running_var.dim() != 1
+        or running_mean.dtype is not running_var.dtype
+        or running_mean.dtype is not input.dtype
+    ):
         _check(input, residual, weight, bias, running_mean, running_var, training)
     # Of an empty map PyTorch's result is empty too, and no statistics are updated.
     if count == 0 or is_for_torch(input):

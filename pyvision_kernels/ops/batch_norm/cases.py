@@ -124,7 +124,7 @@ BATCH_NORM = OpCases(
             single=("weight", "bias", "running_mean", "running_var"),
         ),
         _case("constants", (2, 3, 4, 4), change=lambda x: torch.full_like(x, 0.1)),
-        # In float64 the mean's own rounding is 1e6 units of the result: ops/test_batch_norm.py compares with long doubles.
+        # In float64 the mean's own rounding is 1e6 units of the result: ops/test_batch_norm.py has long doubles.
         _case("large_mean", (2, 3, 9, 9), change=lambda x: 1e4 + 1e-2 * x, dtypes=_LONG),
         _case("squares_underflow", (4, 3, 9, 8), change=lambda x: 1e-30 * x),
         _case("nan", (2, 3, 5), change=_with(float("nan"))),

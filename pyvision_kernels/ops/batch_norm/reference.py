@@ -29,7 +29,8 @@ def batch_norm(
         centered = (input - first) - (input - first).mean(dims, keepdim=True)
         variance = centered.square().mean(dims, keepdim=True)
     else:
-        assert running_mean is not None and running_var is not None
+        assert running_mean is not None
+        assert running_var is not None
         centered, variance = input - running_mean.view(shape), running_var.view(shape)
     out = centered / (variance + eps).sqrt()
     if weight is not None:
