@@ -57,7 +57,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N, C, ...] -> the same; a residual is added before the activation."""
         traced = is_traced(input)
-        if not traced and (is_for_torch(input) or is_for_torchs_batch_norm(input)):
+        if not traced and (is_for_torch(input) or is_for_torchs_batch_norm(input, self.weight, self.training)):
             output = super().forward(input)
             if residual is not None:
                 output = output + residual

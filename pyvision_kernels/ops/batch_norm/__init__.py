@@ -12,6 +12,7 @@ from pyvision_kernels import _activation
 from pyvision_kernels._backend import CHOICE
 from pyvision_kernels._check import require
 from pyvision_kernels._norm import (
+    HALF,
     check_input,
     check_residual,
     check_vectors,
@@ -169,16 +170,28 @@ batch_norm_op: Op = declare(
 )
 
 
-_SMALL = 32768  # elements of a map that our call itself takes longer than
+# Elements from which on ours were measured faster than PyTorch's: below, the call takes longer than the kernel.
+_LEAST, _LEAST_WITH_GRADIENT, _LEAST_OF_PLANES = 2**18, 2**19, 2**15
 
 
-def is_for_torch(input: Tensor) -> bool:
-    """Whether PyTorch's kernels run: `pvk.backend` says so, or with "auto" where they were measured faster."""
+def is_for_torch(input: Tensor, weight: Tensor | None, training: bool) -> bool:
+    """Whether PyTorch's kernels run: `pvk.backend` says so, or with "auto" where they were measured faster.
+
+    In training PyTorch's are scalar for contiguous maps, but for 16-bit types.
+    """
     if CHOICE.backend != "auto":
         return CHOICE.backend == "torch"
     if input.is_cuda:  # ours are not yet measured there; they are deterministic
         return not torch.are_deterministic_algorithms_enabled()
-    return not torch.compiler.is_compiling() and input.numel() < _SMALL  # no guard on sizes
+    if torch.compiler.is_compiling():  # no guard on sizes
+        return False
+    count = input.numel()
+    if count >= _LEAST_WITH_GRADIENT:
+        return False
+    if training and count >= _LEAST_OF_PLANES and input.dtype not in HALF and input.dim() > 2 and input.is_contiguous():
+        return False
+    trains = input.requires_grad or (weight is not None and weight.requires_grad)
+    return count < (_LEAST_WITH_GRADIENT if trains and torch.is_grad_enabled() else _LEAST)
 
 
 def run(
@@ -239,7 +252,7 @@ def _run(
     ):
         _check(input, residual, weight, bias, running_mean, running_var, training)
     # Of an empty map PyTorch's result is empty too, and no statistics are updated.
-    if count == 0 or is_for_torch(input):
+    if count == 0 or is_for_torch(input, weight, training):
         if residual is not None:  # else PyTorch checks
             _check(input, residual, weight, bias, running_mean, running_var, training)
         out = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
