@@ -75,9 +75,9 @@ Tensor new_like(const Tensor& tensor) {
   return result;
 }
 
-OptionalTensor scratch_of(int64_t elements, ScalarType dtype, const Tensor& like) {
+OptionalTensor scratch_of(int64_t elements, const Tensor& like) {
   if (elements == 0) return std::nullopt;
-  return empty({elements}, dtype, like);
+  return empty({elements}, ScalarType::Double, like);
 }
 
 std::tuple<Tensor, Tensor> forward_op(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor> forward_op(const Tensor& input, const OptionalTensor&
   }
   const Tensor output = new_like(input);
   const Tensor stats = empty({3, p.C}, stats_dtype(input), input);
-  const OptionalTensor partials = scratch_of(training ? partials_of(p.N * p.S, p.C) : 0, stats_dtype(input), input);
+  const OptionalTensor partials = scratch_of(training ? partials_of(p.N * p.S, p.C) : 0, input);
   p.input = data_of(input);
   p.residual = residual ? data_of(*residual) : nullptr;
   p.output = data_of(output);
@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(const Tensor& grad, const
   };
   const Tensor grad_input = made(needs_input, input, input), grad_residual = made(needs_residual, input, input);
   const Tensor grad_weight = made(needs_weight, weight, input), grad_bias = made(needs_bias, bias, input);
-  const OptionalTensor partials = scratch_of(partials_of(p.N * p.S, p.C), ScalarType::Double, input);
+  const OptionalTensor partials = scratch_of(partials_of(p.N * p.S, p.C), input);
   p.grad = data_of(grad);
   p.input = data_of(input);
   p.output = activation != 0 ? data_of(*output) : nullptr;

@@ -20,7 +20,7 @@ struct BatchNormParams {
   const void* running_var;   // the same
   void* output;
   void* stats;     // [3, C] of opmath: mean, rstd, unbiased variance (in training)
-  void* partials;  // partials_of() of opmath, in training
+  void* partials;  // partials_of() of double, in training
   DType dtype;
   DType weight_dtype, running_dtype;  // dtype, or float32 beside a 16-bit dtype
   Activation activation;
