@@ -12,7 +12,6 @@ namespace {
 
 constexpr int kBlockThreads = 256;
 constexpr int kColumns = kWarpSize, kRowsAtOnce = kBlockThreads / kColumns;  // of rows: channels, pixels of a block
-constexpr int64_t kTermsOfSum = 32;  // of a thread, before they go to its total: shorter chains of rounding
 constexpr int64_t kMostBlocks = 65535;
 
 // Count, mean and sum of squared differences.
@@ -194,18 +193,18 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   const int64_t c = blockIdx.x, part = blockIdx.y, parts = gridDim.y;
   const int64_t end = part_begin(p, part + 1, parts);
   const T mean = __ldg(static_cast<const T*>(p.stats) + c);
-  T sums[2] = {};
+  double sums[2] = {};
   for (int64_t i = part_begin(p, part, parts) + threadIdx.x; i < end; i += kBlockThreads) {
     const int64_t offset = offset_of(p, c, i);
     const T grad = gradient_at<scalar_t>(p, offset);
-    sums[0] += grad;
-    sums[1] += grad * (to_opmath(__ldg(static_cast<const scalar_t*>(p.input) + offset)) - mean);
+    sums[0] += double(grad);
+    sums[1] += double(grad * (to_opmath(__ldg(static_cast<const scalar_t*>(p.input) + offset)) - mean));
   }
   sum_of_group<kBlockThreads>(sums);
   if (threadIdx.x != 0) return;
   double* const partials = static_cast<double*>(p.partials);
-  partials[part * 2 * p.C + c] = double(sums[0]);
-  partials[(part * 2 + 1) * p.C + c] = double(sums[1]);
+  partials[part * 2 * p.C + c] = sums[0];
+  partials[(part * 2 + 1) * p.C + c] = sums[1];
 }
 
 // Rows: a block owns kColumns channels of a part of the pixels, a warp every kRowsAtOnce-th of them.
@@ -220,16 +219,10 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   double sum = 0, product = 0;
   if (c < p.C) {
     const T mean = __ldg(static_cast<const T*>(p.stats) + c);
-    for (int64_t first = part_begin(p, part, parts) + lead; first < end; first += kRowsAtOnce * kTermsOfSum) {
-      const int64_t last = min_of(first + kRowsAtOnce * kTermsOfSum, end);
-      T some = 0, some_products = 0;
-      for (int64_t i = first; i < last; i += kRowsAtOnce) {
-        const T grad = gradient_at<scalar_t>(p, i * p.C + c);
-        some += grad;
-        some_products += grad * (to_opmath(__ldg(static_cast<const scalar_t*>(p.input) + i * p.C + c)) - mean);
-      }
-      sum += double(some);
-      product += double(some_products);
+    for (int64_t i = part_begin(p, part, parts) + lead; i < end; i += kRowsAtOnce) {
+      const T grad = gradient_at<scalar_t>(p, i * p.C + c);
+      sum += double(grad);
+      product += double(grad * (to_opmath(__ldg(static_cast<const scalar_t*>(p.input) + i * p.C + c)) - mean));
     }
   }
   shared[0][lead][column] = sum;
