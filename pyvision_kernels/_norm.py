@@ -101,3 +101,19 @@ def batched(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
 
 def dense(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+
+
+def as_map(input: Tensor, map: Tensor) -> Tensor:
+    """A map in the memory order of the input, which is contiguous or channels_last."""
+    if input.is_contiguous():
+        return map if map.is_contiguous() else map.contiguous()
+    return map.contiguous(memory_format=torch.channels_last)
+
+
+def laid_out(input: Tensor) -> Tensor:
+    """Contiguous or channels_last."""
+    if input.is_contiguous() or (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)):
+        return input
+    if input.dim() == 4 and torch._prims_common.suggest_memory_format(input) == torch.channels_last:
+        return input.contiguous(memory_format=torch.channels_last)
+    return input.contiguous()

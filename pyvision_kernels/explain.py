@@ -21,6 +21,7 @@ _TORCH = {
     "aten::addmm": "linear",
     "aten::mm": "linear",
     "aten::linear": "linear",
+    "aten::native_group_norm": "group_norm",
     "aten::native_layer_norm": "layer_norm",
 }
 

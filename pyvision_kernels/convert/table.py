@@ -13,7 +13,9 @@ _OURS = "pyvision_kernels.convert.detection"
 TABLE = {
     "torch.nn.modules.conv.Conv1d": "pyvision_kernels.nn.Conv1d",
     "torch.nn.modules.conv.Conv2d": "pyvision_kernels.nn.Conv2d",
+    "torch.nn.modules.instancenorm.InstanceNorm2d": "pyvision_kernels.nn.InstanceNorm2d",
     "torch.nn.modules.linear.Linear": "pyvision_kernels.nn.Linear",
+    "torch.nn.modules.normalization.GroupNorm": "pyvision_kernels.nn.GroupNorm",
     "torch.nn.modules.normalization.LayerNorm": "pyvision_kernels.nn.LayerNorm",
     "torch.nn.modules.pooling.AdaptiveAvgPool2d": "pyvision_kernels.nn.AdaptiveAvgPool2d",
     "torch.nn.modules.pooling.AdaptiveMaxPool2d": "pyvision_kernels.nn.AdaptiveMaxPool2d",
