@@ -2,6 +2,8 @@
 // channels of rows, and their merging.
 #pragma once
 
+#include <type_traits>
+
 #include "core/activation.h"
 #include "core/moments.h"
 #include "core/simd.h"
@@ -49,51 +51,102 @@ struct MergedMoments {
   }
 };
 
-// mean and square, [C], get those of the channels of `rows` more rows of C beside the `before` that they are of; the
-// mean is that of the differences to `base`, the first row of all, so that a large one costs no digits. sums: [3, C].
-template <typename scalar_t, typename T>
-void merge_rows(const scalar_t* x, const scalar_t* base, int64_t rows, int64_t C, int64_t before, T* mean, T* square,
-                T* sums) {
-  constexpr int kAtOnce = 8;  // rows that are added to the sums of all channels together
-  T *const center = sums, *const squares = sums + C, *const missed = sums + 2 * C;
-  const T share = T(1) / T(rows), part = T(rows) / T(before + rows), weight = T(before) * part;
-  for (int64_t r = 0; r < rows; r += kAtOnce) {  // the mean of differences to the first row
-    const int64_t count = r + kAtOnce <= rows ? kAtOnce : rows - r;
-    for_row<T>(C, [&](int64_t c, int lanes, int) __attribute__((always_inline)) {
-      const Vec<T> first = load_lanes(x + c, lanes);
-      Vec<T> sum = r == 0 ? Vec<T>{} : load_lanes(center + c, lanes);
-      for (int64_t k = 0; k < count; ++k) sum = fma(load_lanes(x + (r + k) * C + c, lanes) - first, splat(share), sum);
-      store_lanes(center + c, r + kAtOnce < rows ? sum : sum + first, lanes);
+// Pieces grow with what came before them: up to so many times as much.
+constexpr int64_t kGrowth = 2;
+
+// Of `count` > 0 neighbours. A first piece is read twice, from the L1 cache; the others once, by their differences to
+// the mean of all before. Where that mean lies off, what the squares round by it is little beside what it adds to the
+// variance, since a piece is not much longer than all before.
+template <typename scalar_t>
+PVK_INLINE MergedMoments moments_of_run(const scalar_t* x, int64_t count) {
+  using T = opmath_t<scalar_t>;
+  constexpr int64_t kFirst = 512, kMost = 4096;
+  int64_t done = count < kFirst ? count : kFirst;
+  const Moments<T> first = moments_of_row(x, done);
+  MergedMoments all;
+  all.add(double(done), first.exact_mean, double(first.square));
+  while (done < count) {
+    int64_t piece = kGrowth * done < kMost ? kGrowth * done : kMost;
+    if (piece > count - done) piece = count - done;
+    const T center = T(all.mean);
+    Vec<T> sum[4] = {}, square[4] = {};
+    for_row<T>(piece, [&](int64_t i, int lanes, int v) __attribute__((always_inline)) {
+      const Vec<T> d = difference(load_lanes(x + done + i, lanes), center, lanes);
+      sum[v] += d;
+      square[v] = fma(d, d, square[v]);
     });
+    const double total = double(sum_of_lanes<T>((sum[0] + sum[1]) + (sum[2] + sum[3]))), n = double(piece);
+    const double squares = double(sum_of_lanes<T>((square[0] + square[1]) + (square[2] + square[3])));
+    const double own = squares - total * (total / n);
+    all.add(n, double(center) + total / n, own < 0 ? 0 : own);
+    done += piece;
   }
-  for (int64_t r = 0; r < rows; r += kAtOnce) {
-    const int64_t count = r + kAtOnce <= rows ? kAtOnce : rows - r;
+  return all;
+}
+
+// The rows that are added to the sums of all channels together.
+constexpr int kRowsAtOnce = 8;
+
+// sums and squares, [C], get those of x - center of `rows` rows.
+template <typename scalar_t, typename T>
+PVK_INLINE void add_squares(const scalar_t* x, int64_t rows, int64_t C, const T* center, T* sums, T* squares) {
+  const auto some = [&](int64_t r, auto count) __attribute__((always_inline)) {
     for_row<T>(C, [&](int64_t c, int lanes, int) __attribute__((always_inline)) {
       const Vec<T> middle = load_lanes(center + c, lanes);
-      Vec<T> sum = r == 0 ? Vec<T>{} : load_lanes(missed + c, lanes);
-      Vec<T> product = r == 0 ? Vec<T>{} : load_lanes(squares + c, lanes);
+      Vec<T> sum = r == 0 ? Vec<T>{} : load_lanes(sums + c, lanes);
+      Vec<T> square = r == 0 ? Vec<T>{} : load_lanes(squares + c, lanes);
+#pragma GCC unroll 8
       for (int64_t k = 0; k < count; ++k) {
-        const Vec<T> difference = load_lanes(x + (r + k) * C + c, lanes) - middle;
-        sum += difference;
-        product = fma(difference, difference, product);
+        const Vec<T> d = load_lanes(x + (r + k) * C + c, lanes) - middle;
+        sum += d;
+        square = fma(d, d, square);
       }
-      store_lanes(missed + c, sum, lanes);
-      store_lanes(squares + c, product, lanes);
+      store_lanes(sums + c, sum, lanes);
+      store_lanes(squares + c, square, lanes);
     });
-  }
+  };
+  int64_t r = 0;
+  for (; r + kRowsAtOnce <= rows; r += kRowsAtOnce) some(r, std::integral_constant<int, kRowsAtOnce>{});
+  if (r < rows) some(r, int(rows - r));
+}
+
+// Of the C channels of `rows` > 0 rows: the mean, as its difference to the first row, so that a large one costs no
+// digits, and the squares; pieces of at most `piece` rows, as of moments_of_run(). sums: [3, C].
+template <typename scalar_t, typename T>
+void moments_of_rows(const scalar_t* x, int64_t rows, int64_t C, int64_t piece, T* mean, T* square, T* sums) {
+  T *const center = sums, *const missed = sums + C, *const squares = sums + 2 * C;
+  int64_t done = rows < kRowsAtOnce ? rows : kRowsAtOnce;
+  const T share = T(1) / T(done);
   for_row<T>(C, [&](int64_t c, int lanes, int) __attribute__((always_inline)) {
-    const Vec<T> sum = load_lanes(missed + c, lanes);
-    const Vec<T> own = at_least(load_lanes(squares + c, lanes) - sum * (sum * share), T(0));
-    const Vec<T> here = (load_lanes(center + c, lanes) - load_lanes(base + c, lanes)) + sum * share;
-    if (before == 0) {
-      store_lanes(mean + c, here, lanes);
-      store_lanes(square + c, own, lanes);
-      return;
+    const Vec<T> base = load_lanes(x + c, lanes);
+    Vec<T> sum{}, missing{}, own{};
+    for (int64_t k = 1; k < done; ++k) sum = fma(load_lanes(x + k * C + c, lanes) - base, splat(share), sum);
+    const Vec<T> middle = base + sum;
+    for (int64_t k = 0; k < done; ++k) {
+      const Vec<T> d = load_lanes(x + k * C + c, lanes) - middle;
+      missing += d;
+      own = fma(d, d, own);
     }
-    const Vec<T> old = load_lanes(mean + c, lanes), delta = here - old;
-    store_lanes(mean + c, fma(delta, splat(part), old), lanes);
-    store_lanes(square + c, load_lanes(square + c, lanes) + fma(delta * delta, splat(weight), own), lanes);
+    store_lanes(mean + c, (middle - base) + missing * share, lanes);
+    store_lanes(square + c, at_least(own - missing * (missing * share), T(0)), lanes);
   });
+  while (done < rows) {
+    int64_t count = kGrowth * done < piece ? kGrowth * done : piece;
+    if (count > rows - done) count = rows - done;
+    for_row<T>(C, [&](int64_t c, int lanes, int) __attribute__((always_inline)) {
+      store_lanes(center + c, load_lanes(x + c, lanes) + load_lanes(mean + c, lanes), lanes);
+    });
+    add_squares(x + done * C, count, C, center, missed, squares);
+    const T each = T(1) / T(count), part = T(count) / T(done + count), weight = T(done) * part;
+    for_row<T>(C, [&](int64_t c, int lanes, int) __attribute__((always_inline)) {
+      const Vec<T> sum = load_lanes(missed + c, lanes), old = load_lanes(mean + c, lanes);
+      const Vec<T> own = at_least(load_lanes(squares + c, lanes) - sum * (sum * each), T(0));
+      const Vec<T> here = (load_lanes(center + c, lanes) - load_lanes(x + c, lanes)) + sum * each, delta = here - old;
+      store_lanes(mean + c, fma(delta, splat(part), old), lanes);
+      store_lanes(square + c, load_lanes(square + c, lanes) + fma(delta * delta, splat(weight), own), lanes);
+    });
+    done += count;
+  }
 }
 
 }  // namespace pvk::PVK_ISA

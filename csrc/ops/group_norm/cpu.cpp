@@ -1,6 +1,6 @@
 // Group normalisation on the CPU, forward; cpu_backward.cpp is the backward.
 //
-// Planes: a group of a sample is a run of neighbours, cut into pieces whose moments are merged in order; then its
+// Planes: a group of a sample is a run of neighbours, cut into parts whose moments are merged in order; then its
 // channels are finished, the last one first, while they are in the cache. Rows: parts of the pixels of a sample make
 // moments of every channel, which are merged into those of groups; then pixels are finished, the last ones first. The
 // borders of parts and pieces depend on sizes alone, so that the number of threads changes no bit.
@@ -29,44 +29,34 @@ PVK_INLINE void finish(const GroupNormParams& p, int64_t offset, int64_t count, 
   scalar_t* const output = static_cast<scalar_t*>(p.output) + offset;
   if (p.residual != nullptr) {
     const scalar_t* const residual = static_cast<const scalar_t*>(p.residual) + offset;
-    for_row<T>(count, [&](int64_t i, int lanes, int) __attribute__((always_inline)) {
-      store_lanes(output + i, activate<kActivation, T>(body(i, lanes) + load_lanes(residual + i, lanes)), lanes);
-    });
-  } else if (past) {
-    for_row<T>(count, [&](int64_t i, int lanes, int) __attribute__((always_inline)) {
-      stream(output + i, activate<kActivation, T>(body(i, lanes)));
-    });
-  } else {
-    for_row<T>(count, [&](int64_t i, int lanes, int) __attribute__((always_inline)) {
-      store_lanes(output + i, activate<kActivation, T>(body(i, lanes)), lanes);
+    return write_row(output, count, past, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+      return activate<kActivation, T>(body(i, lanes) + load_lanes(residual + i, lanes));
     });
   }
+  write_row(output, count, past, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+    return activate<kActivation, T>(body(i, lanes));
+  });
 }
 
 template <typename scalar_t>
 bool is_streamed(const GroupNormParams& p, int64_t row) {
   const int64_t bytes = p.N * p.C * p.S * int64_t(sizeof(scalar_t));
-  return p.residual == nullptr && streams(static_cast<scalar_t*>(p.output), row, bytes);
+  return streams(static_cast<scalar_t*>(p.output), row, bytes);
 }
 
 // ---- planes ----
 
 template <typename scalar_t>
 void moments_of_planes(const GroupNormParams& p, int64_t group, bool inside) {
-  const int64_t count = p.C / p.G * p.S, pieces = ceil_div(count, kElementsOfPiece);
+  const int64_t count = p.C / p.G * p.S, parts = ceil_div(count, kElementsOfPart);
   const scalar_t* const x = static_cast<const scalar_t*>(p.input) + group * count;
-  Buffer<double> moments(2 * pieces);
-  over_threads_if(inside, pieces, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i * kElementsOfPiece;
-      const auto one = moments_of_row(x + first, min_of(kElementsOfPiece, count - first));
-      moments[2 * i] = one.exact_mean;
-      moments[2 * i + 1] = double(one.square);
-    }
+  Buffer<MergedMoments> moments(parts);
+  over_threads_if(inside, parts, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      moments[i] = moments_of_run(x + count * i / parts, count * (i + 1) / parts - count * i / parts);
   });
-  MergedMoments all;
-  for (int64_t i = 0; i < pieces; ++i)
-    all.add(double(min_of(kElementsOfPiece, count - i * kElementsOfPiece)), moments[2 * i], moments[2 * i + 1]);
+  MergedMoments all = moments[0];
+  for (int64_t i = 1; i < parts; ++i) all.add(moments[i].count, moments[i].mean, moments[i].square);
   write_stats<opmath_t<scalar_t>>(p, group, all.mean, all.square);
 }
 
@@ -143,9 +133,7 @@ void forward_rows(const GroupNormParams& p) {
       for (int64_t part = begin; part < end; ++part) {
         T* const mean = &moments[part * 2 * features];
         const int64_t first = rows.begin(part), last = rows.begin(part + 1);
-        for (int64_t row = first; row < last; row += rows.piece)
-          merge_rows(x + row * features, x + first * features, min_of(rows.piece, last - row), features, row - first,
-                     mean, mean + features, sums.data());
+        moments_of_rows(x + first * features, last - first, features, rows.piece, mean, mean + features, sums.data());
       }
     });
     Buffer<double> means(rows.parts * features);

@@ -37,20 +37,15 @@ struct MapBackward {
   template <typename Body>
   PVK_INLINE void finish(const GroupNormBackwardParams& p, int64_t count, bool past, const Body& body) const {
     if (p.grad_residual != nullptr) {
-      for_row<T>(count, [&](int64_t i, int lanes, int) __attribute__((always_inline)) {
+      return for_row<T>(count, [&](int64_t i, int lanes, int) __attribute__((always_inline)) {
         const Vec<T> g = gradient(i, lanes);
         store_lanes(grad_residual + i, g, lanes);
         if (p.grad_input != nullptr) store_lanes(grad_input + i, body(i, lanes, g), lanes);
       });
-    } else if (past) {
-      for_row<T>(count, [&](int64_t i, int lanes, int) __attribute__((always_inline)) {
-        stream(grad_input + i, body(i, lanes, gradient(i, lanes)));
-      });
-    } else {
-      for_row<T>(count, [&](int64_t i, int lanes, int) __attribute__((always_inline)) {
-        store_lanes(grad_input + i, body(i, lanes, gradient(i, lanes)), lanes);
-      });
     }
+    write_row(grad_input, count, past,
+              [&](int64_t i, int lanes)
+                  __attribute__((always_inline)) { return body(i, lanes, gradient(i, lanes)); });
   }
 };
 

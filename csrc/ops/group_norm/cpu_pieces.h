@@ -12,8 +12,7 @@ namespace {
 
 using namespace pvk::PVK_ISA;
 
-constexpr int64_t kElementsOfPiece = 4096;  // of a group's plane, read twice while in the L1 cache
-constexpr int64_t kElementsOfRows = 16384;  // of rows, read twice while in the L2 cache
+constexpr int64_t kElementsOfRows = 16384;  // of a piece of rows
 constexpr int64_t kFeaturesOfRow = 64;      // rows of fewer channels are several pixels
 
 // body(i, inside) for `count` samples or groups: they go over threads where there are enough of them; else they come
