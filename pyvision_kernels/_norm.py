@@ -27,6 +27,16 @@ def fits(input: Tensor, size: Sequence[int], other: Tensor | None) -> bool:
     return dtype is input.dtype and dtype in _DTYPES and other.shape == size and other.device == input.device
 
 
+def is_small(input: Tensor, weight: Tensor | None, least: int, with_gradients: int) -> bool:
+    """Whether a map has fewer elements than so many, those with gradients: the call itself takes longer than its work."""
+    if torch.compiler.is_compiling():
+        return False  # no guard on sizes
+    if torch._C._functorch.maybe_current_level() is not None:
+        return False  # its tensors do not say whether they get gradients
+    trains = torch.is_grad_enabled() and (input.requires_grad or (weight is not None and weight.requires_grad))
+    return input.numel() < (with_gradients if trains else least)
+
+
 def require_all_tensors(op: str, **arguments: Tensor | None) -> None:
     for value in arguments.values():
         if not isinstance(value, Tensor) and value is not None:

@@ -13,9 +13,15 @@ inline ScalarType stats_dtype(const Tensor& input) {
   return input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// Strides of dimensions of one say nothing.
 inline bool is_channels_last(const Tensor& map) {
-  return map.dim() == 4 && map.stride(1) == 1 && map.stride(3) == map.size(1) &&
-         map.stride(2) == map.size(3) * map.stride(3) && map.stride(0) == map.size(2) * map.stride(2);
+  if (map.dim() != 4) return false;
+  int64_t stride = 1;
+  for (const int64_t i : {1, 3, 2, 0}) {
+    if (map.size(i) != 1 && map.stride(i) != stride) return false;
+    stride *= map.size(i);
+  }
+  return true;
 }
 
 // Of the size, dtype and device of the input; contiguous, or channels_last where `rows`.

@@ -60,8 +60,8 @@ constexpr int64_t kGrowth = 2;
 template <typename scalar_t>
 PVK_INLINE MergedMoments moments_of_run(const scalar_t* x, int64_t count) {
   using T = opmath_t<scalar_t>;
-  constexpr int64_t kFirst = 512, kMost = 4096;
-  int64_t done = count < kFirst ? count : kFirst;
+  constexpr int64_t kSum = 32 * kLanes<T>, kMost = 8 * kSum;  // kSum: before sums go on in double
+  int64_t done = count < kSum ? count : kSum;
   const Moments<T> first = moments_of_row(x, done);
   MergedMoments all;
   all.add(double(done), first.exact_mean, double(first.square));
@@ -69,23 +69,28 @@ PVK_INLINE MergedMoments moments_of_run(const scalar_t* x, int64_t count) {
     int64_t piece = kGrowth * done < kMost ? kGrowth * done : kMost;
     if (piece > count - done) piece = count - done;
     const T center = T(all.mean);
-    Vec<T> sum[4] = {}, square[4] = {};
-    for_row<T>(piece, [&](int64_t i, int lanes, int v) __attribute__((always_inline)) {
-      const Vec<T> d = difference(load_lanes(x + done + i, lanes), center, lanes);
-      sum[v] += d;
-      square[v] = fma(d, d, square[v]);
-    });
-    const double total = double(sum_of_lanes<T>((sum[0] + sum[1]) + (sum[2] + sum[3]))), n = double(piece);
-    const double squares = double(sum_of_lanes<T>((square[0] + square[1]) + (square[2] + square[3])));
-    const double own = squares - total * (total / n);
-    all.add(n, double(center) + total / n, own < 0 ? 0 : own);
+    WideSum<T> total, squares;
+    for (int64_t begin = 0; begin < piece; begin += kSum) {
+      const scalar_t* const at = x + done + begin;
+      Vec<T> sum[4] = {}, square[4] = {};
+      for_row<T>(kSum < piece - begin ? kSum : piece - begin,
+                 [&](int64_t i, int lanes, int v) __attribute__((always_inline)) {
+                   const Vec<T> d = difference(load_lanes(at + i, lanes), center, lanes);
+                   sum[v] += d;
+                   square[v] = fma(d, d, square[v]);
+                 });
+      total.add((sum[0] + sum[1]) + (sum[2] + sum[3]));
+      squares.add((square[0] + square[1]) + (square[2] + square[3]));
+    }
+    const double n = double(piece), missed = total.value(), own = squares.value() - missed * (missed / n);
+    all.add(n, double(center) + missed / n, own < 0 ? 0 : own);
     done += piece;
   }
   return all;
 }
 
-// The rows that are added to the sums of all channels together.
-constexpr int kRowsAtOnce = 8;
+// The rows that are added to the sums of all channels together: several streams, which are asked for ahead of time.
+constexpr int kRowsAtOnce = 4, kRowsAhead = 8;
 
 // sums and squares, [C], get those of x - center of `rows` rows.
 template <typename scalar_t, typename T>
@@ -95,9 +100,11 @@ PVK_INLINE void add_squares(const scalar_t* x, int64_t rows, int64_t C, const T*
       const Vec<T> middle = load_lanes(center + c, lanes);
       Vec<T> sum = r == 0 ? Vec<T>{} : load_lanes(sums + c, lanes);
       Vec<T> square = r == 0 ? Vec<T>{} : load_lanes(squares + c, lanes);
-#pragma GCC unroll 8
-      for (int64_t k = 0; k < count; ++k) {
-        const Vec<T> d = load_lanes(x + (r + k) * C + c, lanes) - middle;
+      const scalar_t* const at = x + r * C + c;
+#pragma GCC unroll 4
+      for (int k = 0; k < int(count); ++k) {
+        __builtin_prefetch(at + (k + kRowsAhead) * C);
+        const Vec<T> d = load_lanes(at + k * C, lanes) - middle;
         sum += d;
         square = fma(d, d, square);
       }

@@ -69,7 +69,10 @@ class InstanceNorm2d(_Activated, nn.InstanceNorm2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N, C, H, W] or [C, H, W] -> the same; a residual is added before the activation."""
-        if not isinstance(input, torch.fx.Proxy) and (
+        options = {"residual": residual, "activation": self.activation}
+        if isinstance(input, torch.fx.Proxy):
+            return group_norm(input, self.num_features, self.weight, self.bias, self.eps, **options)
+        if (
             self.track_running_stats
             or input.dim() not in (3, 4)
             or input.shape[-3] != self.num_features
@@ -80,5 +83,10 @@ class InstanceNorm2d(_Activated, nn.InstanceNorm2d):
         if input.dim() == 3:
             rest = None if residual is None else residual.unsqueeze(0)
             return self.forward(input.unsqueeze(0), rest).squeeze(0)
-        options = {"residual": residual, "activation": self.activation}
-        return group_norm(input, self.num_features, self.weight, self.bias, self.eps, **options)
+        if is_traced(input):
+            return group_norm(input, self.num_features, self.weight, self.bias, self.eps, **options)
+        try:
+            return run(input, self.num_features, self.weight, self.bias, self.eps, **options)
+        except (RuntimeError, NotImplementedError):
+            super().forward(input)  # where PyTorch refuses the input too, by its words
+            raise

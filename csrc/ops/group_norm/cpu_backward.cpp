@@ -11,7 +11,6 @@ namespace {
 
 // So many go to sums in T, which then go to those in double: shorter chains of rounding.
 constexpr int64_t kRowsOfSum = 16, kElementsOfSum = 512;
-constexpr int kRowsAtOnce = 4;
 
 // The pointers of a map's backward at an offset.
 template <Activation kActivation, typename scalar_t>
@@ -56,7 +55,7 @@ bool is_streamed(const GroupNormBackwardParams& p, int64_t row) {
 }
 
 // With A and B the sums of grad * weight and of grad * weight * (x - mean) of a group, m its values:
-// grad_input = grad * weight * rstd - (x - mean) * from_product - from_sum.
+// grad_input = (grad * weight - from_sum - (x - mean) * from_product) * rstd.
 struct Slopes {
   double from_sum, from_product;
 
@@ -71,8 +70,8 @@ struct Slopes {
       sum += sums[i] * weight;
       product += products[i] * weight;
     }
-    from_sum = sum * rstd / count;
-    from_product = product * rstd * rstd * rstd / count;
+    from_sum = sum / count;
+    from_product = product * rstd * rstd / count;
   }
 };
 
@@ -137,9 +136,9 @@ void backward_planes(const GroupNormBackwardParams& p) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t channel = channels - 1 - i;
         const Map map(p, (group * channels + channel) * p.S);
-        const Vec<T> scale = splat(rstd * element(p.weight, p.weight_dtype, g * channels + channel, T(1)));
+        const T weight = element(p.weight, p.weight_dtype, g * channels + channel, T(1));
         map.finish(p, p.S, past, [&](int64_t k, int lanes, Vec<T> grad) __attribute__((always_inline)) {
-          return fma(load_lanes(map.x + k, lanes) - mean, slope, fma(grad, scale, -from_sum));
+          return fma(load_lanes(map.x + k, lanes) - mean, slope, grad * weight - from_sum) * rstd;
         });
       }
       if (past) end_of_streams();
@@ -156,6 +155,9 @@ PVK_INLINE void add_rows(const Map& map, int64_t features, const T* center, T* s
     Vec<T> sum = load_lanes(sums + f, lanes), product = load_lanes(products + f, lanes);
 #pragma GCC unroll 4
     for (int k = 0; k < Count; ++k) {
+      const int64_t ahead = (k + kRowsAhead) * features + f;
+      __builtin_prefetch(map.x + ahead);
+      __builtin_prefetch(map.grad + ahead);
       const Vec<T> g = map.gradient(k * features + f, lanes);
       sum += g;
       product = fma(g, load_lanes(map.x + k * features + f, lanes) - mean, product);
@@ -201,9 +203,9 @@ void backward_rows(const GroupNormBackwardParams& p) {
   for_each_over_threads(p.N, [&](int64_t n, bool inside) {
     const int64_t sample = n * p.S * p.C;
     const T *const mean = static_cast<const T*>(p.stats) + n * p.G, *const rstd = mean + p.N * p.G;
-    Buffer<T> constants(4 * features);
-    T *const center = constants.data(), *const scale = center + features;
-    T *const from_sum = scale + features, *const slope = from_sum + features;
+    Buffer<T> constants(5 * features);
+    T *const center = constants.data(), *const weight = center + features, *const from_sum = weight + features;
+    T *const slope = from_sum + features, *const scale = slope + features;
     for (int64_t f = 0; f < features; ++f) center[f] = mean[f % p.C / channels];
     Buffer<double> partials(rows.parts * 2 * features);
     over_threads_if(inside, rows.parts, [&](int64_t begin, int64_t end) {
@@ -222,9 +224,10 @@ void backward_rows(const GroupNormBackwardParams& p) {
     for (int64_t g = 0; g < p.G; ++g) {
       const Slopes slopes(p, g, double(rstd[g]), sums + g * channels, sums + p.C + g * channels, T(1));
       for (int64_t c = g * channels; c < (g + 1) * channels; ++c) {
-        const T factor = rstd[g] * element(p.weight, p.weight_dtype, c, T(1));
+        const T factor = element(p.weight, p.weight_dtype, c, T(1));
         for (int64_t f = c; f < features; f += p.C) {
-          scale[f] = factor;
+          weight[f] = factor;
+          scale[f] = rstd[g];
           from_sum[f] = T(slopes.from_sum);
           slope[f] = T(-slopes.from_product);
         }
@@ -234,8 +237,9 @@ void backward_rows(const GroupNormBackwardParams& p) {
       for (int64_t row = first; row < first + count; ++row) {
         const Map map(p, sample + row * features);
         map.finish(p, features, past, [&](int64_t f, int lanes, Vec<T> grad) __attribute__((always_inline)) {
-          const Vec<T> own = fma(grad, load_lanes(scale + f, lanes), -load_lanes(from_sum + f, lanes));
-          return fma(load_lanes(map.x + f, lanes) - load_lanes(center + f, lanes), load_lanes(slope + f, lanes), own);
+          const Vec<T> own = grad * load_lanes(weight + f, lanes) - load_lanes(from_sum + f, lanes);
+          const Vec<T> difference = load_lanes(map.x + f, lanes) - load_lanes(center + f, lanes);
+          return fma(difference, load_lanes(slope + f, lanes), own) * load_lanes(scale + f, lanes);
         });
       }
       if (past) end_of_streams();

@@ -47,22 +47,29 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   }
   sum_of_group<kBlockThreads>(mean);
   const T center = start + mean[0];
-  T sums[2] = {};  // of differences to the center, and of their squares
-  for (int64_t i = begin + threadIdx.x * VEC; i < end; i += kBlockThreads * VEC) {
-    const auto values = load_vec<VEC>(x + offset_of(p, group, i));
+  double sums[2] = {};  // of differences to the center, and of their squares
+  constexpr int64_t kStep = kBlockThreads * VEC, kTerms = kStep * (16 / VEC);
+  for (int64_t first = begin + threadIdx.x * VEC; first < end; first += kTerms) {
+    const int64_t last = min_of(first + kTerms, end);
+    T sum = 0, square = 0;
+    for (int64_t i = first; i < last; i += kStep) {
+      const auto values = load_vec<VEC>(x + offset_of(p, group, i));
 #pragma unroll
-    for (int e = 0; e < VEC; ++e) {
-      const T difference = to_opmath(values.data[e]) - center;
-      sums[0] += difference;
-      sums[1] += difference * difference;
+      for (int e = 0; e < VEC; ++e) {
+        const T difference = to_opmath(values.data[e]) - center;
+        sum += difference;
+        square += difference * difference;
+      }
     }
+    sums[0] += double(sum);
+    sums[1] += double(square);
   }
   sum_of_group<kBlockThreads>(sums);
   if (threadIdx.x != 0) return;
-  const T missed = sums[0] * share, squares = sums[1] - sums[0] * missed;
+  const double missed = sums[0] / double(end - begin), squares = sums[1] - sums[0] * missed;
   T* const partials = static_cast<T*>(p.scratch) + part * 2 * p.N * p.G;
-  partials[group] = (center - start) + missed;  // beside the part's first value
-  partials[p.N * p.G + group] = squares < T(0) ? T(0) : squares;
+  partials[group] = T(double(center - start) + missed);  // beside the part's first value
+  partials[p.N * p.G + group] = T(squares < 0 ? 0 : squares);
 }
 
 // A thread owns a group: its parts merged in order (Chan, Golub and LeVeque).
@@ -219,7 +226,7 @@ PVK_DEVICE void store_weight(void* target, DType dtype, int64_t c, T value) {
   }
 }
 
-// A warp owns a group of a sample: grad_input = grad * rstd * weight - (x - mean) * from_product - from_sum.
+// A warp owns a group of a sample: grad_input = (grad * weight - from_sum - (x - mean) * from_product) * rstd.
 template <typename T>
 __global__ void __launch_bounds__(kBlockThreads, 2)
     group_norm_slopes_kernel(const __grid_constant__ GroupNormBackwardParams p, int parts) {
@@ -241,8 +248,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   if (threadIdx.x % kWarpSize != 0) return;
   const double rstd = double(__ldg(static_cast<const T*>(p.stats) + p.N * p.G + group)), count = double(channels * p.S);
   double* const slopes = slopes_of(p, parts) + n * 2 * p.G;
-  slopes[g] = sums[0] * rstd / count;
-  slopes[p.G + g] = sums[1] * rstd * rstd * rstd / count;
+  slopes[g] = sums[0] / count;
+  slopes[p.G + g] = sums[1] * rstd * rstd / count;
 }
 
 // A thread owns a channel: the gradients of its weight and bias, samples and parts added in order.
@@ -297,8 +304,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     for (int e = 0; e < VEC; ++e) {
       T weight[1];
       load_weights(p.weight, p.weight_dtype, place.c + e * apart, T(1), weight);
-      const T own = to_opmath(grad.data[e]) * (rstd * weight[0]) - from_sum;
-      output.data[e] = from_opmath<scalar_t>(own - (to_opmath(x.data[e]) - mean) * from_product);
+      const T own = sub_rn(mul_rn(to_opmath(grad.data[e]), weight[0]), from_sum);  // 0 where a group has one value
+      output.data[e] = from_opmath<scalar_t>((own - (to_opmath(x.data[e]) - mean) * from_product) * rstd);
     }
     store_vec(static_cast<scalar_t*>(p.grad_input) + i, output);
   }

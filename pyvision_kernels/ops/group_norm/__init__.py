@@ -35,6 +35,8 @@ def _check(input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: 
     require(input.dim() >= 2, _OP, "input to have at least 2 dimensions [N, C, ...]", input.shape)
     check_input(_OP, input)
     channels = input.shape[1]
+    for size in input.shape[1:]:
+        require(size > 0, _OP, "input to have no empty dimension but the batch", input.shape)
     require(groups >= 1 and channels % groups == 0, _OP, f"num_groups to divide {channels} channels", groups)
     if residual is not None:
         check_residual(_OP, residual, input)
@@ -191,6 +193,7 @@ def run(
     size = input.shape[1:2]
     if not (
         len(size) == 1
+        and input.numel() > 0
         and groups >= 1
         and size[0] % groups == 0
         and fits(input, size, weight)
@@ -201,7 +204,7 @@ def run(
     mode = CHOICE.backend
     if (
         mode == "torch" or (mode == "auto" and torch_is_faster(input.device.type)) or input.numel() == 0
-    ):  # PyTorch refuses empty maps, but not empty batches
+    ):  # an empty batch
         return reference.group_norm(input, groups, weight, bias, eps, residual=residual, activation=activation)
     input = laid_out(input)
     if residual is not None:

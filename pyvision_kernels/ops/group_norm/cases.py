@@ -98,11 +98,12 @@ GROUP_NORM = OpCases(
     operators=("group_norm", "_group_norm_backward"),
     differentiable=("input", "weight", "bias"),
     cases=(
+        # More than one part of a sample's sums, and of a group; odd.
+        _case("parts_of_samples", (2, 24, 65, 87), 3, dtypes=(torch.float32, *_HALF)),
         _case("odd", (3, 10, 7, 3), 2, activation="relu"),
         _case("one_group", (2, 3, 16, 8), 1),  # rows of channels_last are several pixels
         _case("as_many_groups_as_channels", (2, 5, 6, 7), 5),
         _case("residual_relu", (2, 18, 4, 5), 3, residual=True, activation="relu"),
-        _case("parts_of_samples", (2, 24, 65, 87), 4, dtypes=(torch.float32, *_HALF)),  # also pieces of groups, odd
         _case("by_vectors", (2, 32, 8, 8), 4, residual=True, activation="relu6"),
         _case("vectors", (37, 20), 4),
         _case("sequences", (4, 6, 33), 2, activation="silu", residual=True),
