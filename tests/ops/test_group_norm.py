@@ -169,3 +169,14 @@ def test_backend_torch_takes_the_kernel_of_torch():
     assert pvk.explain(pvk.ops.group_norm, x, 2) == ["group_norm [5, 8]: pvk"]
     with pvk.backend("torch"):
         assert pvk.explain(pvk.ops.group_norm, x, 2) == ["group_norm [5, 8]: torch aten::native_group_norm"]
+
+
+def test_auto_takes_the_kernel_of_torch_where_the_call_is_longer_than_its_work():
+    with pvk.backend("auto"):
+        (few,), (many,) = (
+            pvk.explain(pvk.ops.group_norm, _normal(*size, dtype=torch.float32), 2) for size in ((5, 8), (2, 8, 96, 96))
+        )
+        leaf = _normal(*(2, 8, 96, 96), dtype=torch.float32).requires_grad_()
+        assert type(pvk.ops.group_norm(leaf, 2).grad_fn).__name__ == "NativeGroupNormBackward0"
+    assert few.endswith("torch aten::native_group_norm")
+    assert many.endswith(": pvk")

@@ -19,6 +19,7 @@ from pyvision_kernels._norm import (
     check_vectors,
     dense,
     fits,
+    is_small,
     laid_out,
     one_by_one,
     opmath,
@@ -175,9 +176,13 @@ group_norm_op = declare(
 )
 
 
-def torch_is_faster(device: str) -> bool:
-    """Nowhere on the CPU, by what was measured."""
-    return device == "cuda"  # ours has not been timed there
+# Elements below which the call takes longer than its work, without and with gradients; of channels_last.
+_SMALL, _SMALL_ROWS = (1 << 16, 1 << 20), (1 << 15, 1 << 18)
+
+
+def torch_is_faster(input: Tensor, weight: Tensor | None) -> bool:
+    """By what was measured: on small maps. On CUDA ours has not been timed."""
+    return input.is_cuda or is_small(input, weight, *(_SMALL if input.is_contiguous() else _SMALL_ROWS))
 
 
 def run(
@@ -203,7 +208,7 @@ def run(
         _check(input, residual, weight, bias, groups)  # float32 beside 16 bits, or an error
     mode = CHOICE.backend
     if (
-        mode == "torch" or (mode == "auto" and torch_is_faster(input.device.type)) or input.numel() == 0
+        mode == "torch" or (mode == "auto" and torch_is_faster(input, weight)) or input.numel() == 0
     ):  # an empty batch
         return reference.group_norm(input, groups, weight, bias, eps, residual=residual, activation=activation)
     input = laid_out(input)
