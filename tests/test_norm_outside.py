@@ -122,7 +122,7 @@ def test_integers_and_complex_numbers_are_refused(name, device):
 
 
 def _exact_group_norm(layer: torch.nn.GroupNorm, input: Tensor) -> Tensor:
-    """By the definition in numpy's widest float: float64 is not exact where a group has two values, beside each other."""
+    """By the definition in numpy's widest float: of two values beside each other float64 is not exact."""
     wide = input.cpu().numpy().astype("longdouble")
     groups = wide.reshape(wide.shape[0], layer.num_groups, -1)
     centered = groups - groups.mean(-1, keepdims=True)

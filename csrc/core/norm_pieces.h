@@ -101,7 +101,6 @@ PVK_INLINE void add_squares(const scalar_t* x, int64_t rows, int64_t C, const T*
       Vec<T> sum = r == 0 ? Vec<T>{} : load_lanes(sums + c, lanes);
       Vec<T> square = r == 0 ? Vec<T>{} : load_lanes(squares + c, lanes);
       const scalar_t* const at = x + r * C + c;
-#pragma GCC unroll 4
       for (int k = 0; k < int(count); ++k) {
         __builtin_prefetch(at + (k + kRowsAhead) * C);
         const Vec<T> d = load_lanes(at + k * C, lanes) - middle;

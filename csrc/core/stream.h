@@ -1,4 +1,5 @@
-// Stores of rows on the CPU; of large outputs whole cache lines, which are not read first and leave the caches to others.
+// Stores of rows on the CPU; of large outputs whole cache lines, which are not read first and leave the caches to
+// others.
 #pragma once
 
 #include <cstdint>
@@ -109,9 +110,8 @@ PVK_INLINE void write_row(scalar_t* target, int64_t count, bool past, const Valu
     for_row<T>(count,
                [&](int64_t i, int lanes, int) __attribute__((always_inline)) { stream(target + i, value(i, lanes)); });
   } else {
-    for_row<T>(count, [&](int64_t i, int lanes, int) __attribute__((always_inline)) {
-      store_lanes(target + i, value(i, lanes), lanes);
-    });
+    for_row<T>(count, [&](int64_t i, int lanes, int)
+                          __attribute__((always_inline)) { store_lanes(target + i, value(i, lanes), lanes); });
   }
 }
 

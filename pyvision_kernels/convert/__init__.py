@@ -36,12 +36,12 @@ def convert(
 ) -> nn.Module:
     """Replaces the layers of a model that have a counterpart with our kernels, in place.
 
-    Replaced are `torch.nn.Conv2d`, `Conv1d`, `Linear`, `LayerNorm`, `GroupNorm` and `InstanceNorm2d`, torchvision's `RoIAlign`, `RoIPool`,
-    `PSRoIAlign`, `PSRoIPool` and `MultiScaleRoIAlign`, and the calls of NMS, IoU and losses within its Faster, Mask and
-    Keypoint R-CNN, RetinaNet, FCOS and SSD. A layer is replaced by a change of its class: parameters, buffers,
-    state_dict keys, hooks, mode and device are the same objects as before, and neither torchvision nor another model is
-    touched. Only instances of a stock class itself are replaced, not of a subclass. Called again, it decides anew for
-    every layer: what is now refused gets its stock class back.
+    Replaced are `torch.nn.Conv2d`, `Conv1d`, `Linear`, `LayerNorm`, `GroupNorm` and `InstanceNorm2d`, torchvision's
+    `RoIAlign`, `RoIPool`, `PSRoIAlign`, `PSRoIPool` and `MultiScaleRoIAlign`, and the calls of NMS, IoU and losses
+    within its Faster, Mask and Keypoint R-CNN, RetinaNet, FCOS and SSD. A layer is replaced by a change of its class:
+    parameters, buffers, state_dict keys, hooks, mode and device are the same objects as before, and neither torchvision
+    nor another model is touched. Only instances of a stock class itself are replaced, not of a subclass. Called again,
+    it decides anew for every layer: what is now refused gets its stock class back.
     `conversion_report` says what was done, `revert` undoes it.
 
     Args:

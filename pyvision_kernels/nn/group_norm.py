@@ -49,7 +49,7 @@ class GroupNorm(_Activated, nn.GroupNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N, C, ...] -> the same; a residual is added before the activation."""
-        options = {"residual": residual, "activation": self.activation}
+        options: dict[str, Any] = {"residual": residual, "activation": self.activation}
         if is_traced(input):
             return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **options)
         if is_for_torch(input):
@@ -69,7 +69,7 @@ class InstanceNorm2d(_Activated, nn.InstanceNorm2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N, C, H, W] or [C, H, W] -> the same; a residual is added before the activation."""
-        options = {"residual": residual, "activation": self.activation}
+        options: dict[str, Any] = {"residual": residual, "activation": self.activation}
         if isinstance(input, torch.fx.Proxy):
             return group_norm(input, self.num_features, self.weight, self.bias, self.eps, **options)
         if (

@@ -107,9 +107,8 @@ void moments_of_groups(const GroupNormParams& p, const Rows& rows, int64_t n, co
     // Means are taken beside the first of them, so that equal ones give themselves.
     const double start = means[g * channels], share = 1.0 / double(channels * p.S);
     double mean = 0, square = 0;
-    each([&](int64_t, int64_t, double count, double other) __attribute__((always_inline)) {
-      mean += (other - start) * (count * share);
-    });
+    each([&](int64_t, int64_t, double count, double other)
+             __attribute__((always_inline)) { mean += (other - start) * (count * share); });
     mean += start;
     each([&](int64_t part, int64_t f, double count, double other) __attribute__((always_inline)) {
       square += double(moments[(part * 2 + 1) * features + f]) + count * ((other - mean) * (other - mean));
@@ -150,11 +149,11 @@ void forward_rows(const GroupNormParams& p) {
     rows.for_pieces_backwards(inside, [&](int64_t first, int64_t count) {
       for (int64_t row = first; row < first + count; ++row) {
         const scalar_t* const from = x + row * features;
-        finish<kActivation, scalar_t>(
-            p, sample + row * features, features, past, [&](int64_t f, int lanes) __attribute__((always_inline)) {
-              return fma(load_lanes(from + f, lanes) - load_lanes(center + f, lanes), load_lanes(scale + f, lanes),
-                         load_lanes(shift + f, lanes));
-            });
+        finish<kActivation, scalar_t>(p, sample + row * features, features, past,
+                                      [&](int64_t f, int lanes) __attribute__((always_inline)) {
+                                        return fma(load_lanes(from + f, lanes) - load_lanes(center + f, lanes),
+                                                   load_lanes(scale + f, lanes), load_lanes(shift + f, lanes));
+                                      });
       }
       if (past) end_of_streams();
     });

@@ -43,8 +43,7 @@ struct MapBackward {
       });
     }
     write_row(grad_input, count, past,
-              [&](int64_t i, int lanes)
-                  __attribute__((always_inline)) { return body(i, lanes, gradient(i, lanes)); });
+              [&](int64_t i, int lanes) __attribute__((always_inline)) { return body(i, lanes, gradient(i, lanes)); });
   }
 };
 

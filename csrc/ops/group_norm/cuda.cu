@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     double sums[2] = {sum, product};
     sum_of_group<kBlockThreads>(sums);
     if (threadIdx.x >= 2) return;
-    partials[threadIdx.x * p.C + c] = sums[threadIdx.x];
+    partials[threadIdx.x * p.C + c] = threadIdx.x == 0 ? sums[0] : sums[1];
   }
 }
 
@@ -359,8 +359,7 @@ void forward(const GroupNormParams& p, Stream stream) {
       launch(group_norm_stats_kernel<scalar_t, VEC>, over(groups, kBlockThreads, stream), p, parts);
       launch(group_norm_forward_kernel<scalar_t, VEC>, over_elements(count, VEC, stream), p);
     };
-    if (allows_vectors<scalar_t>(p, p.input, p.residual, p.output))
-      return run.template operator()<kVec16<scalar_t>>();
+    if (allows_vectors<scalar_t>(p, p.input, p.residual, p.output)) return run.template operator()<kVec16<scalar_t>>();
     run.template operator()<1>();
   });
 }

@@ -17,8 +17,8 @@ bool fill_size(Params& p, const char* op, const Tensor& input, int64_t groups) {
   PVK_CHECK(groups >= 1 && input.size(1) % groups == 0, op, ": expected num_groups to divide ", input.size(1),
             " channels, but got ", groups);
   const bool channels_last = !input.is_contiguous() && is_channels_last(input);
-  PVK_CHECK(channels_last || input.is_contiguous(), op, ": expected input to be contiguous or channels_last, but got size ",
-            shape_of(input));
+  PVK_CHECK(channels_last || input.is_contiguous(), op,
+            ": expected input to be contiguous or channels_last, but got size ", shape_of(input));
   p.dtype = p.weight_dtype = dtype_of(op, "input", input);
   p.N = input.size(0);
   p.C = input.size(1);

@@ -63,7 +63,7 @@ def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(stats)
 
 
-def _wide(tensor: Tensor | None) -> Tensor | None:
+def _wide(tensor: Any) -> Any:
     return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -134,7 +134,7 @@ def _vmap(info, in_dims, input, residual, weight, bias, groups, eps, activation)
     if in_dims[2] is not None or in_dims[3] is not None:
         return one_by_one(_each)(info, in_dims, input, residual, weight, bias, groups, eps, activation)
     # Samples are normalised by themselves: those of all items are one batch.
-    many = batched(input, in_dims[0], info.batch_size)
+    many: Any = batched(input, in_dims[0], info.batch_size)
     rest = batched(residual, in_dims[1], info.batch_size)
     rest = None if rest is None else rest.flatten(0, 1)
     output, stats = group_norm_op(many.flatten(0, 1), rest, weight, bias, groups, eps, activation)
@@ -207,9 +207,7 @@ def run(
     ):
         _check(input, residual, weight, bias, groups)  # float32 beside 16 bits, or an error
     mode = CHOICE.backend
-    if (
-        mode == "torch" or (mode == "auto" and torch_is_faster(input, weight)) or input.numel() == 0
-    ):  # an empty batch
+    if mode == "torch" or (mode == "auto" and torch_is_faster(input, weight)) or input.numel() == 0:  # an empty batch
         return reference.group_norm(input, groups, weight, bias, eps, residual=residual, activation=activation)
     input = laid_out(input)
     if residual is not None:
