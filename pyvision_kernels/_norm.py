@@ -28,7 +28,7 @@ def fits(input: Tensor, size: Sequence[int], other: Tensor | None) -> bool:
 
 
 def is_small(input: Tensor, weight: Tensor | None, least: int, with_gradients: int) -> bool:
-    """Whether a map has fewer elements than so many, those with gradients: the call itself takes longer than its work."""
+    """Whether a map has fewer elements than so many, with gradients so many: the call takes longer than its work."""
     if torch.compiler.is_compiling():
         return False  # no guard on sizes
     if torch._C._functorch.maybe_current_level() is not None:
