@@ -27,6 +27,16 @@ def fits(input: Tensor, size: Sequence[int], other: Tensor | None) -> bool:
     return dtype is input.dtype and dtype in _DTYPES and other.shape == size and other.device == input.device
 
 
+def is_small(input: Tensor, weight: Tensor | None, least: int, with_gradients: int) -> bool:
+    """Whether a map has fewer elements than so many, with gradients so many: the call takes longer than its work."""
+    if torch.compiler.is_compiling():
+        return False  # no guard on sizes
+    if torch._C._functorch.maybe_current_level() is not None:
+        return False  # its tensors do not say whether they get gradients
+    trains = torch.is_grad_enabled() and (input.requires_grad or (weight is not None and weight.requires_grad))
+    return input.numel() < (with_gradients if trains else least)
+
+
 def require_all_tensors(op: str, **arguments: Tensor | None) -> None:
     for value in arguments.values():
         if not isinstance(value, Tensor) and value is not None:
@@ -101,3 +111,19 @@ def batched(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
 
 def dense(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+
+
+def as_map(input: Tensor, map: Tensor) -> Tensor:
+    """A map in the memory order of the input, which is contiguous or channels_last."""
+    if input.is_contiguous():
+        return map if map.is_contiguous() else map.contiguous()
+    return map.contiguous(memory_format=torch.channels_last)
+
+
+def laid_out(input: Tensor) -> Tensor:
+    """Contiguous or channels_last."""
+    if input.is_contiguous() or (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)):
+        return input
+    if input.dim() == 4 and torch._prims_common.suggest_memory_format(input) == torch.channels_last:
+        return input.contiguous(memory_format=torch.channels_last)
+    return input.contiguous()

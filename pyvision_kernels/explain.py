@@ -23,6 +23,7 @@ _TORCH = {
     "aten::linear": "linear",
     "aten::cudnn_batch_norm": "batch_norm",
     "aten::native_batch_norm": "batch_norm",
+    "aten::native_group_norm": "group_norm",
     "aten::native_layer_norm": "layer_norm",
 }
 

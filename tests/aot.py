@@ -88,6 +88,12 @@ OPCODES = {
         ("batch_norm_forward_kernel<__nv_bfloat16, 8", r"STG\.E\.128", "16-byte stores of the map"),
         ("batch_norm_backward_input_kernel<float, 4", r"STG\.E\.128", "16-byte stores of the gradient"),
     ],
+    "group_norm": [
+        ("group_norm_moments_kernel<float, 4", r"LDG\.E\.128", "16-byte loads of the map"),
+        ("group_norm_forward_kernel<float, 4", r"STG\.E\.128", "16-byte stores of the map"),
+        ("group_norm_forward_kernel<__nv_bfloat16, 8", r"LDG\.E\.128", "16-byte loads of the map"),
+        ("group_norm_backward_input_kernel<float, 4", r"STG\.E\.128", "16-byte stores of the gradient"),
+    ],
     "layer_norm": [
         ("layer_norm_forward_kernel<float, 4", r"LDG\.E\.128", "16-byte loads of rows"),
         ("layer_norm_forward_kernel<float, 4", r"STG\.E\.128", "16-byte stores of rows"),
@@ -107,6 +113,7 @@ FORBIDDEN = {
     "ps_roi_align": [("ps_roi_align_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
     "nms": [("nms_soft_", r"\b(ATOMG?|RED)\.", "scores are decayed in one order: no atomics, deterministic")],
     "batch_norm": [("batch_norm_", r"\b(ATOMG?|RED)\.", "parts of a channel are merged in order")],
+    "group_norm": [("group_norm_", r"\b(ATOMG?|RED)\.", "parts of a group are merged in order")],
     "layer_norm": [("layer_norm_", r"\b(ATOMG?|RED)\.", "sums over rows are made in parts, which are added in order")],
     "box_iou": [("box_iou_", r"\b(ATOMG?|RED)\.", "sums are in one order: no atomics")],
     "generalized_box_iou_loss": [("box_iou_loss_", r"\b(ATOMG?|RED)\.", "sums are in one order: no atomics")],

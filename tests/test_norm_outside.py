@@ -20,9 +20,10 @@ with warnings.catch_warnings():  # of packages that these would like to have
 
 OURS = {
     "nn.functional.batch_norm": pvk.ops.batch_norm,
+    "nn.functional.group_norm": pvk.ops.group_norm,
     "nn.functional.layer_norm": pvk.ops.layer_norm,
 }
-LAYERS = ("BatchNorm1d", "BatchNorm2d", "LayerNorm")
+LAYERS = ("BatchNorm1d", "BatchNorm2d", "GroupNorm", "InstanceNorm2d", "LayerNorm")
 THEIRS = {entry.name: entry for entry in op_db if entry.name in OURS and not entry.variant_test_name}
 NATIVE = {"native_layer_norm": "nn.functional.layer_norm"}  # whose error inputs are those of the function
 MODULES = {entry.module_cls: entry for entry in module_db}
@@ -120,6 +121,19 @@ def test_integers_and_complex_numbers_are_refused(name, device):
             OURS[name](sample.input.to(dtype), *sample.args, **sample.kwargs)
 
 
+def _exact_group_norm(layer: torch.nn.GroupNorm, input: Tensor) -> Tensor:
+    """By the definition in numpy's widest float: of two values beside each other float64 is not exact."""
+    wide = input.cpu().numpy().astype("longdouble")
+    groups = wide.reshape(wide.shape[0], layer.num_groups, -1)
+    centered = groups - groups.mean(-1, keepdims=True)
+    deviation = ((centered**2).mean(-1, keepdims=True) + layer.eps) ** 0.5
+    out = (centered / deviation).reshape(*wide.shape[:2], -1)
+    for values, combine in ((layer.weight, "__mul__"), (layer.bias, "__add__")):
+        if values is not None:
+            out = getattr(out, combine)(values.detach().cpu().numpy().astype("longdouble")[:, None])
+    return torch.tensor(out.reshape(wide.shape).astype("float64"), device=input.device)
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -140,6 +154,8 @@ def test_samples_of_module_db(layer, dtype, training, device):
         results = [
             module(*map(change, given.args)) for module, change in ((ours, _copy), (stock, _copy), (exact, _wide))
         ]
+        if layer == "GroupNorm":
+            results[2] = _exact_group_norm(exact, *given.args)
         _assert_as_good(*results, sample)
         for name, kept in ours.named_buffers():  # running statistics
             theirs = stock.get_buffer(name)
@@ -151,7 +167,12 @@ def test_samples_of_module_db(layer, dtype, training, device):
     assert count >= 1
 
 
-OPERATORS = {"BatchNormalization": "batchnorm", "LayerNormalization": "layernormalization"}
+OPERATORS = {
+    "BatchNormalization": "batchnorm",
+    "GroupNormalization": "groupnormalization",
+    "InstanceNormalization": "instancenorm",
+    "LayerNormalization": "layernormalization",
+}
 
 
 def _onnx_cases() -> dict[str, Any]:
@@ -199,7 +220,17 @@ def _batch_norm(options: dict[str, Any], input: Tensor, *vectors: Tensor) -> lis
     return [out, kept[0], biased]
 
 
-RUN = {"BatchNormalization": _batch_norm, "LayerNormalization": _layer_norm}
+def _group_norm(options: dict[str, Any], input: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+    groups = options.get("num_groups", input.shape[1])  # InstanceNormalization has none
+    return [pvk.ops.group_norm(input, groups, weight, bias, options.get("epsilon", 1e-5))]
+
+
+RUN = {
+    "BatchNormalization": _batch_norm,
+    "GroupNormalization": _group_norm,
+    "InstanceNormalization": _group_norm,
+    "LayerNormalization": _layer_norm,
+}
 
 
 @needs_onnx

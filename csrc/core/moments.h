@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "core/simd.h"
@@ -78,6 +79,11 @@ PVK_INLINE void for_row(int64_t count, const Body& body) {
 
 template <typename scalar_t>
 PVK_INLINE Vec<opmath_t<scalar_t>> load_lanes(const scalar_t* source, int lanes) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<scalar_t, BFloat16>) {  // one instruction, where load() is compiled to halves
+    if (lanes == kLanes<float>) return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)), BFloat16());
+  }
+#endif
   return lanes == kLanes<opmath_t<scalar_t>> ? load(source) : load_first(source, lanes);
 }
 

@@ -36,7 +36,7 @@ def convert(
 ) -> nn.Module:
     """Replaces the layers of a model that have a counterpart with our kernels, in place.
 
-    Replaced are `torch.nn.Conv2d`, `Conv1d`, `Linear`, `BatchNorm1d`, `BatchNorm2d` and `LayerNorm`, torchvision's
+    Replaced are the layers of `torch.nn` that `pyvision_kernels.nn` has under the same name, torchvision's
     `RoIAlign`, `RoIPool`, `PSRoIAlign`, `PSRoIPool` and `MultiScaleRoIAlign`, and the calls of NMS, IoU and losses
     within its Faster, Mask and Keypoint R-CNN, RetinaNet, FCOS and SSD. A layer is replaced by a change of its class:
     parameters, buffers, state_dict keys, hooks, mode and device are the same objects as before, and neither torchvision

@@ -9,6 +9,7 @@ from pyvision_kernels.ops.generalized_box_iou_loss import (
     distance_box_iou_loss,
     generalized_box_iou_loss,
 )
+from pyvision_kernels.ops.group_norm import group_norm
 from pyvision_kernels.ops.layer_norm import layer_norm
 from pyvision_kernels.ops.linear import linear
 from pyvision_kernels.ops.max_pool2d import adaptive_max_pool2d, max_pool1d, max_pool2d, max_unpool2d
@@ -37,6 +38,7 @@ __all__ = [
     "distance_box_iou_loss",
     "generalized_box_iou",
     "generalized_box_iou_loss",
+    "group_norm",
     "layer_norm",
     "linear",
     "max_pool1d",

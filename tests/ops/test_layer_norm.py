@@ -116,3 +116,14 @@ def test_backend_torch_takes_the_kernel_of_torch():
     assert pvk.explain(pvk.ops.layer_norm, x, 9) == ["layer_norm [5, 9]: pvk"]
     with pvk.backend("torch"):
         assert pvk.explain(pvk.ops.layer_norm, x, 9) == ["layer_norm [5, 9]: torch aten::native_layer_norm"]
+
+
+def test_auto_takes_the_kernel_of_torch_where_the_call_is_longer_than_its_work():
+    with pvk.backend("auto"):
+        (few,), (many,) = (
+            pvk.explain(pvk.ops.layer_norm, _normal(*size, dtype=torch.float32), 8) for size in ((5, 8), (20000, 8))
+        )
+        leaf = _normal(*(20000, 8), dtype=torch.float32).requires_grad_()
+        assert type(pvk.ops.layer_norm(leaf, 8).grad_fn).__name__ == "NativeLayerNormBackward0"
+    assert few.endswith("torch aten::native_layer_norm")
+    assert many.endswith(": pvk")

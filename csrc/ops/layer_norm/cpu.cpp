@@ -73,13 +73,7 @@ void forward_typed(const LayerNormParams& p) {
         const Vec<T> value = (load_lanes(x + i, lanes) - mean) * rstd;
         return fma(value, load_lanes(gamma + i, lanes), load_lanes(beta + i, lanes));
       };
-      if (past) {
-        for_row<T>(p.N, [&](int64_t i, int lanes, int)
-                            __attribute__((always_inline)) { stream(output + i, result(i, lanes)); });
-      } else {
-        for_row<T>(p.N, [&](int64_t i, int lanes, int)
-                            __attribute__((always_inline)) { store_lanes(output + i, result(i, lanes), lanes); });
-      }
+      write_row(output, p.N, past, result);
     }
     if (past) end_of_streams();
   });
@@ -128,17 +122,13 @@ void rows_backward(const LayerNormBackwardParams& p, int64_t m, const T* gamma, 
       const Vec<T> weighed = load_lanes(grad + r * N + i, lanes) * load_lanes(gamma + i, lanes);
       return (fma(y, splat(-mean_product), weighed) - mean_grad) * scale;
     };
-    const scalar_t* const rest = static_cast<const scalar_t*>(p.grad_sum) + row;
     if (p.grad_sum != nullptr) {
-      for_row<T>(N, [&](int64_t i, int lanes, int) __attribute__((always_inline)) {
-        store_lanes(target + i, by_input(i, lanes) + load_lanes(rest + i, lanes), lanes);
+      const scalar_t* const rest = static_cast<const scalar_t*>(p.grad_sum) + row;
+      write_row(target, N, past, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+        return by_input(i, lanes) + load_lanes(rest + i, lanes);
       });
-    } else if (past) {
-      for_row<T>(
-          N, [&](int64_t i, int lanes, int) __attribute__((always_inline)) { stream(target + i, by_input(i, lanes)); });
     } else {
-      for_row<T>(N, [&](int64_t i, int lanes, int)
-                        __attribute__((always_inline)) { store_lanes(target + i, by_input(i, lanes), lanes); });
+      write_row(target, N, past, by_input);
     }
   }
   if (past) end_of_streams();

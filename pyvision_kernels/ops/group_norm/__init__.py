@@ -1,0 +1,261 @@
+"""Group normalisation: schema, checks, gradient, the rule of `auto`, and the public function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyvision_kernels import _activation
+from pyvision_kernels._backend import CHOICE
+from pyvision_kernels._check import require
+from pyvision_kernels._norm import (
+    as_map,
+    batched,
+    cast_as_torch,
+    check_input,
+    check_residual,
+    check_vectors,
+    dense,
+    fits,
+    is_small,
+    laid_out,
+    one_by_one,
+    opmath,
+    require_all_tensors,
+)
+from pyvision_kernels._op import Op, declare
+from pyvision_kernels.ops.group_norm import reference
+
+_OP = "group_norm"
+_BY_KERNEL = (0, 1, 2)  # none, relu, relu6: activations whose gradient the kernel takes
+
+
+def _check(input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int) -> None:
+    require(input.dim() >= 2, _OP, "input to have at least 2 dimensions [N, C, ...]", input.shape)
+    check_input(_OP, input)
+    channels = input.shape[1]
+    for size in input.shape[1:]:
+        require(size > 0, _OP, "input to have no empty dimension but the batch", input.shape)
+    require(groups >= 1 and channels % groups == 0, _OP, f"num_groups to divide {channels} channels", groups)
+    if residual is not None:
+        check_residual(_OP, residual, input)
+    check_vectors(_OP, input, (channels,), weight=weight, bias=bias)
+
+
+def _fake(input, residual, weight, bias, groups, eps, activation):
+    _check(input, residual, weight, bias, groups)
+    return torch.empty_like(input), input.new_empty((2, input.shape[0], groups), dtype=opmath(input.dtype))
+
+
+def _fake_backward(grad, input, output, stats, weight, bias, groups, activation, *needs):
+    made = zip((input, input, weight, bias), needs, strict=True)
+    return tuple(torch.empty_like(like) if needed else input.new_empty((0,)) for like, needed in made)
+
+
+def _setup(ctx, inputs, output):
+    input, residual, weight, bias, ctx.groups, ctx.eps, ctx.activation = inputs
+    result, stats = output
+    by_input = _activation.needs_input(ctx.activation)
+    result = result if ctx.activation != 0 and not by_input else None
+    ctx.save_for_backward(input, residual if by_input else None, weight, bias, result, stats)
+    ctx.mark_non_differentiable(stats)
+
+
+def _wide(tensor: Any) -> Any:
+    return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.float()
+
+
+def _before(ctx, grad):
+    """The gradient before the activation, in differentiable steps."""
+    input, residual, weight, bias, at, _ = ctx.saved_tensors
+    if _activation.needs_input(ctx.activation):
+        # In float32 beside 16 bits: a derivative that jumps is taken on the right side.
+        at = group_norm_op(*map(_wide, (input, residual, weight, bias)), ctx.groups, ctx.eps, 0)[0]
+    return _activation.backward(ctx.activation, grad, at).to(input.dtype)
+
+
+def _differentiable_backward(ctx, grad):
+    """As the kernel's, in steps that can be differentiated again."""
+    input, _, weight, bias, _, _ = ctx.saved_tensors
+    size = (input.shape[0], ctx.groups, -1)
+    x, g = _wide(input).reshape(size), _wide(grad).reshape(*input.shape[:2], -1)
+    x = x - x.mean(-1, keepdim=True)
+    rstd = (x.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
+    y = x * rstd
+    weighed = (g if weight is None else g * _wide(weight)[:, None]).reshape(size)
+    slope = weighed - weighed.mean(-1, keepdim=True) - y * (weighed * y).mean(-1, keepdim=True)
+    by_input = (slope * rstd).reshape(input.shape).to(input.dtype)
+    by_weight = None if weight is None else (g * y.reshape(g.shape)).sum((0, 2)).to(weight.dtype)
+    by_bias = None if bias is None else g.sum((0, 2)).to(bias.dtype)
+    return by_input, by_weight, by_bias
+
+
+def _backward(ctx, grad, _):
+    input, _, weight, bias, result, stats = ctx.saved_tensors
+    needs_input, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+    activation = ctx.activation
+    if torch.is_grad_enabled():
+        grad = by_residual = grad if activation == 0 else _before(ctx, grad)
+        by_input, by_weight, by_bias = _differentiable_backward(ctx, grad)
+    else:
+        if activation not in _BY_KERNEL:
+            grad, activation, result = _before(ctx, grad), 0, None
+        grad = as_map(input, grad)
+        by_kernel = needs_residual and activation != 0
+        by_input, by_residual, by_weight, by_bias = group_norm_backward_op(
+            grad,
+            input,
+            result,
+            stats,
+            weight,
+            bias,
+            ctx.groups,
+            activation,
+            needs_input,
+            by_kernel,
+            needs_weight,
+            needs_bias,
+        )
+        by_residual = by_residual if by_kernel else grad
+    return (
+        by_input if needs_input else None,
+        by_residual if needs_residual else None,
+        by_weight if needs_weight else None,
+        by_bias if needs_bias else None,
+        None,
+        None,
+        None,
+    )
+
+
+def _vmap(info, in_dims, input, residual, weight, bias, groups, eps, activation):
+    if in_dims[2] is not None or in_dims[3] is not None:
+        return one_by_one(_each)(info, in_dims, input, residual, weight, bias, groups, eps, activation)
+    # Samples are normalised by themselves: those of all items are one batch.
+    many: Any = batched(input, in_dims[0], info.batch_size)
+    rest = batched(residual, in_dims[1], info.batch_size)
+    rest = None if rest is None else rest.flatten(0, 1)
+    output, stats = group_norm_op(many.flatten(0, 1), rest, weight, bias, groups, eps, activation)
+    size = many.shape[:2]
+    return (output.unflatten(0, size), stats.unflatten(1, size).movedim(1, 0)), (0, 0)
+
+
+def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> Any:
+    return one_by_one(_each_backward)(info, in_dims, *args)
+
+
+def _each(input, residual, *rest):
+    input = laid_out(input)
+    return group_norm_op(input, None if residual is None else as_map(input, residual), *rest)
+
+
+def _each_backward(grad, input, output, stats, *rest):
+    input = laid_out(input)
+    output = None if output is None else as_map(input, output)
+    return group_norm_backward_op(as_map(input, grad), input, output, stats.contiguous(), *rest)
+
+
+group_norm_backward_op: Op = declare(
+    "_group_norm_backward(Tensor grad, Tensor input, Tensor? output, Tensor stats, Tensor? weight, Tensor? bias, "
+    "int groups, int activation, bool needs_input, bool needs_residual, bool needs_weight, bool needs_bias) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_backward,
+    vmap=_vmap_backward,
+)
+
+group_norm_op = declare(
+    "group_norm(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, int groups, float eps, int activation) "
+    "-> (Tensor, Tensor)",
+    fake=_fake,
+    setup_context=_setup,
+    backward=_backward,
+    autocast=cast_as_torch,
+    vmap=_vmap,
+)
+
+
+# Elements below which the call takes longer than its work, without and with gradients; of channels_last.
+_SMALL, _SMALL_ROWS = (1 << 16, 1 << 20), (1 << 15, 1 << 18)
+
+
+def torch_is_faster(input: Tensor, weight: Tensor | None) -> bool:
+    """By what was measured: on small maps. On CUDA ours has not been timed."""
+    return input.is_cuda or is_small(input, weight, *(_SMALL if input.is_contiguous() else _SMALL_ROWS))
+
+
+def run(
+    input: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """group_norm of arguments whose types are right, by the kernel that the rule picks."""
+    size = input.shape[1:2]
+    if not (
+        len(size) == 1
+        and input.numel() > 0
+        and groups >= 1
+        and size[0] % groups == 0
+        and fits(input, size, weight)
+        and fits(input, size, bias)
+        and (residual is None or fits(input, input.shape, residual))
+    ):
+        _check(input, residual, weight, bias, groups)  # float32 beside 16 bits, or an error
+    mode = CHOICE.backend
+    if mode == "torch" or (mode == "auto" and torch_is_faster(input, weight)) or input.numel() == 0:  # an empty batch
+        return reference.group_norm(input, groups, weight, bias, eps, residual=residual, activation=activation)
+    input = laid_out(input)
+    if residual is not None:
+        residual = as_map(input, residual)
+    number = _activation.NUMBERS[activation]
+    return group_norm_op(input, residual, dense(weight), dense(bias), groups, eps, number)[0]
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """Normalises groups of channels of each sample, with a residual and an activation in the same pass.
+
+    ``activation((input - mean) / sqrt(variance + eps) * weight + bias + residual)`` with the mean and the biased
+    variance of all pixels of a sample in the channels of a group. Matches `torch.nn.functional.group_norm`; statistics,
+    and what comes after them, are in float32 for 16-bit types, and rounded once.
+
+    Args:
+        input (Tensor[N, C, ...]): float16, bfloat16, float32 or float64; any strides.
+        num_groups (int): Groups of neighbouring channels; divides C.
+        weight (Tensor[C]): Of input's dtype, or float32 beside a 16-bit input.
+        bias (Tensor[C]): The same; of weight's dtype.
+        eps (float): Added to the variance. Default: 1e-5.
+        residual (Tensor): Added before the activation; of input's size and dtype.
+        activation (str): ``"relu"``, ``"relu6"``, ``"hardswish"``, ``"silu"``, ``"gelu"``, ``"sigmoid"`` or None.
+
+    Returns:
+        Tensor of input's size, dtype and memory format.
+
+    Raises:
+        RuntimeError: sizes, dtypes or devices do not fit each other.
+        ValueError: ``activation`` is none of these.
+        NotImplementedError: ``input`` is of another dtype.
+        TypeError: an argument is not a Tensor, or ``num_groups`` not an int.
+
+    Note: deterministic forward and backward; a sample's result does not depend on other samples. Double backward is by
+        PyTorch's operators.
+    Reference: Wu and He, Group Normalization, 2018.
+    """
+    require_all_tensors(_OP, input=input, weight=weight, bias=bias, residual=residual)
+    if not isinstance(num_groups, int | torch.SymInt):
+        raise TypeError(f"{_OP}: expected num_groups to be an int, but got {num_groups}")
+    _activation.number_of(_OP, activation)
+    return run(input, num_groups, weight, bias, eps, residual, activation)
