@@ -15,7 +15,9 @@ namespace pvk::softmax_cross_entropy {
 namespace {
 
 constexpr int kBlockThreads = 256;
-constexpr int kClassesAtOnce = 4;  // of planes
+
+template <typename T>
+constexpr int kClassesAtOnce = 16 / int(sizeof(T));  // of planes
 
 using Params = SoftmaxCrossEntropyParams;
 
@@ -187,7 +189,8 @@ struct Row {
 };
 
 template <typename scalar_t, int VEC, int Threads>
-__global__ void __launch_bounds__(kBlockThreads) softmax_cross_entropy_rows_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kBlockThreads, 2)
+    softmax_cross_entropy_rows_kernel(const __grid_constant__ Params p) {
   using T = opmath_t<scalar_t>;
   constexpr int kRows = Row<Threads>::kRowsOfBlock;
   const int64_t positions = p.N * p.S, begin = int64_t(threadIdx.x % Threads) * VEC;
@@ -232,8 +235,10 @@ __global__ void __launch_bounds__(kBlockThreads) softmax_cross_entropy_rows_kern
 }
 
 template <typename scalar_t, int VEC>
-__global__ void __launch_bounds__(kBlockThreads) softmax_cross_entropy_planes_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kBlockThreads, 2)
+    softmax_cross_entropy_planes_kernel(const __grid_constant__ Params p) {
   using T = opmath_t<scalar_t>;
+  constexpr int kClasses = kClassesAtOnce<T>;
   const int64_t positions = p.N * p.S, step = int64_t(gridDim.x) * kBlockThreads * VEC;
   const scalar_t *const input = static_cast<const scalar_t*>(p.input), *const target =
                                                                            static_cast<const scalar_t*>(p.target);
@@ -241,10 +246,10 @@ __global__ void __launch_bounds__(kBlockThreads) softmax_cross_entropy_planes_ke
   for (int64_t i = (int64_t(blockIdx.x) * kBlockThreads + threadIdx.x) * VEC; i < positions; i += step) {
     const int64_t offset = i / p.S * p.C * p.S + i % p.S;
     Online<T> online[VEC];
-    for (int64_t c = 0; c < p.C; c += kClassesAtOnce) {
-      T values[VEC][kClassesAtOnce];
+    for (int64_t c = 0; c < p.C; c += kClasses) {
+      T values[VEC][kClasses];
 #pragma unroll
-      for (int j = 0; j < kClassesAtOnce; ++j) {
+      for (int j = 0; j < kClasses; ++j) {
         const bool is_there = c + j < p.C;
         const auto x = load_vec<VEC>(input + offset + (is_there ? c + j : c) * p.S);
 #pragma unroll
@@ -282,7 +287,7 @@ __global__ void __launch_bounds__(kBlockThreads) softmax_cross_entropy_planes_ke
 
 // One block adds the parts in order of its threads.
 template <typename scalar_t>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 2)
     softmax_cross_entropy_total_kernel(const __grid_constant__ Params p, int parts) {
   using T = opmath_t<scalar_t>;
   double sums[2] = {};
@@ -308,7 +313,7 @@ PVK_DEVICE T base_sum_of(const Params& p) {
 }
 
 template <typename scalar_t, int VEC, int Threads>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 2)
     softmax_cross_entropy_backward_rows_kernel(const __grid_constant__ Params p) {
   using T = opmath_t<scalar_t>;
   constexpr int kRows = Row<Threads>::kRowsOfBlock;
@@ -357,7 +362,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 }
 
 template <typename scalar_t, int VEC>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 2)
     softmax_cross_entropy_backward_planes_kernel(const __grid_constant__ Params p) {
   using T = opmath_t<scalar_t>;
   const int64_t positions = p.N * p.S, step = int64_t(gridDim.x) * kBlockThreads * VEC;

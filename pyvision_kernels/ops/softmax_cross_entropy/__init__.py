@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from pyvision_kernels._backend import CHOICE
 from pyvision_kernels._check import FLOATING, require, require_tensors
 from pyvision_kernels._norm import check_input, check_vectors, one_by_one, opmath
-from pyvision_kernels._op import declare
+from pyvision_kernels._op import Op, declare
 from pyvision_kernels.ops.softmax_cross_entropy import reference
 
 _OP = "softmax_cross_entropy"
@@ -100,7 +100,7 @@ def _composite(
     return (by_input, by_target) if last == 0 else (by_input.movedim(last, 1), by_target.movedim(last, 1))
 
 
-softmax_cross_entropy_backward_op = declare(
+softmax_cross_entropy_backward_op: Op = declare(
     "_softmax_cross_entropy_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor stats, "
     "int ignore_index, int reduction, float label_smoothing, bool needs_input, bool needs_target) "
     "-> (Tensor, Tensor)",
@@ -108,7 +108,7 @@ softmax_cross_entropy_backward_op = declare(
     vmap=lambda info, in_dims, *args: one_by_one(softmax_cross_entropy_backward_op)(info, in_dims, *args),
 )
 
-softmax_cross_entropy_op = declare(
+softmax_cross_entropy_op: Op = declare(
     "softmax_cross_entropy(Tensor input, Tensor target, Tensor? weight, int ignore_index, int reduction, "
     "float label_smoothing, bool in_single) -> (Tensor, Tensor)",
     fake=_fake,
