@@ -4,29 +4,15 @@
 // cache, a lane a position; many classes that are neighbours go row by row, a lane a class. Sums over positions are
 // made in parts whose borders depend on the sizes alone, and then added in order: the same bits for any number of
 // threads.
-#include "core/buffer.h"
-#include "core/dispatch.h"
 #include "core/isa.h"
-#include "core/moments.h"
 #include "core/parallel.h"
-#include "core/simd.h"
 #include "core/simd_math.h"
 #include "core/transpose.h"
-#include "ops/softmax_cross_entropy/softmax_cross_entropy.h"
+#include "ops/softmax_cross_entropy/cpu_call.h"
 
 namespace pvk::softmax_cross_entropy {
 namespace PVK_ISA {
 namespace {
-
-using namespace pvk::PVK_ISA;
-
-constexpr int kVectors = 4;                 // registers of a tile's row
-constexpr int64_t kElementsOfPart = 32768;  // that a task handles at least
-constexpr int64_t kClassesOfRow = 128;      // from here on neighbours go row by row
-constexpr int64_t kClassesOfBlock = 64;     // whose sum is made apart: long chains round
-
-template <typename T>
-constexpr int64_t kPositions = kVectors * kLanes<T>;  // of a tile
 
 template <typename T>
 PVK_INLINE Vec<T> larger_of(Vec<T> a, Vec<T> b) {  // NaN is left to the sum of exponentials
@@ -46,106 +32,6 @@ template <typename T>
 PVK_INLINE Vec<T> only(Vec<T> value, int lanes) {
   return lanes == kLanes<T> ? value : first_lanes<T>(lanes) ? value : Vec<T>{};
 }
-
-// Constants of the classes: q_c = scale_c * (1 of the label's class, or the probability) + base_c.
-template <typename T>
-struct Classes {
-  Buffer<T> weight, scale, base;  // [C]
-  T base_sum;
-
-  Classes(const SoftmaxCrossEntropyParams& p) : weight(p.C), scale(p.C), base(p.C) {
-    for (int64_t c = 0; c < p.C; ++c) weight[c] = T(1);
-    if (p.weight != nullptr) {
-      dispatch_floating(p.weight_dtype, [&](auto scalar) {
-        const auto* source = static_cast<const decltype(scalar)*>(p.weight);
-        for (int64_t c = 0; c < p.C; ++c) weight[c] = T(to_float(source[c]));
-      });
-    }
-    double sum = 0;
-    for (int64_t c = 0; c < p.C; ++c) {
-      scale[c] = T((1 - p.smoothing) * double(weight[c]));
-      base[c] = T(p.smoothing / double(p.C) * double(weight[c]));
-      sum += double(base[c]);
-    }
-    base_sum = T(sum);
-  }
-};
-
-// What a call knows, and its way to the operands.
-template <typename scalar_t>
-struct Call {
-  using T = opmath_t<scalar_t>;
-
-  const SoftmaxCrossEntropyParams& p;
-  const Classes<T> classes;
-  const bool in_rows;
-  const int64_t positions;
-  const int64_t width;             // positions that follow each other
-  const int64_t class_step, step;  // from class to class, from position to position
-  const int64_t tiles;             // or rows
-  const int64_t tiles_of_part;
-  int64_t wrong = -1;  // the first position with a label that is no class
-
-  explicit Call(const SoftmaxCrossEntropyParams& params)
-      : p(params),
-        classes(params),
-        in_rows(p.classes_last && p.C >= kClassesOfRow),
-        positions(p.N * p.S),
-        width(p.classes_last ? positions : p.S),
-        class_step(p.classes_last ? 1 : p.S),
-        step(p.classes_last ? p.C : 1),
-        tiles(in_rows      ? positions
-              : width == 0 ? 0
-                           : positions / width * ceil_div(width, kPositions<T>)),
-        tiles_of_part(ceil_div(kElementsOfPart, p.C * (in_rows ? 1 : kPositions<T>))) {}
-
-  const scalar_t* logits(int64_t offset) const { return static_cast<const scalar_t*>(p.input) + offset; }
-  const scalar_t* probabilities(int64_t offset) const { return static_cast<const scalar_t*>(p.target) + offset; }
-  T* max(int64_t position) const { return static_cast<T*>(p.stats) + position; }
-  T* log(int64_t position) const { return static_cast<T*>(p.stats) + positions + position; }
-
-  T* total() const { return static_cast<T*>(p.stats) + 2 * positions; }
-
-  void store_loss(int64_t position, Vec<T> value, int lanes) const {
-    if (p.loss_dtype == p.dtype) {
-      store_lanes(static_cast<scalar_t*>(p.loss) + position, value, lanes);
-    } else {
-      store_lanes(static_cast<T*>(p.loss) + position, value, lanes);
-    }
-  }
-
-  // Of the losses; a reduction has one gradient for all.
-  Vec<T> grad(int64_t position, int lanes) const {
-    const bool is_single = p.reduction != Reduction::kNone;
-    const int64_t at = is_single ? 0 : position;
-    const Vec<T> grad = p.loss_dtype == p.dtype
-                            ? load_lanes(static_cast<const scalar_t*>(p.grad) + at, is_single ? 1 : lanes)
-                            : load_lanes(static_cast<const T*>(p.grad) + at, is_single ? 1 : lanes);
-    if (!is_single) return grad;
-    return splat(p.reduction == Reduction::kMean ? grad[0] / *total() : T(grad[0]));
-  }
-
-  bool is_class(int64_t label) const { return uint64_t(label) < uint64_t(p.C); }
-
-  // -1: ignored, as is one that is no class.
-  PVK_INLINE int64_t label(int64_t position) const {
-    const int64_t label = static_cast<const int64_t*>(p.target)[position];
-    return label != p.ignore_index && is_class(label) ? label : -1;
-  }
-
-  // Notes the first of some positions with a label that is no class.
-  void check_labels(int64_t position, int count) {
-    const int64_t* labels = static_cast<const int64_t*>(p.target) + position;
-    bool is_wrong = false;
-    for (int i = 0; i < count; ++i) is_wrong |= labels[i] != p.ignore_index && !is_class(labels[i]);
-    if (!is_wrong) return;
-    while (*labels == p.ignore_index || is_class(*labels)) ++labels;
-    position = labels - static_cast<const int64_t*>(p.target);
-    int64_t seen = __atomic_load_n(&wrong, __ATOMIC_RELAXED);
-    while ((seen < 0 || position < seen) &&
-           !__atomic_compare_exchange_n(&wrong, &seen, position, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
-  }
-};
 
 // ---- tiles: [C][kPositions], a lane a position ----
 
@@ -187,14 +73,31 @@ struct Labels {
   using Int = decltype(Mask<T>{}[0] + 0);
   Mask<T> label[kVectors];
   Vec<T> scale[kVectors], weight[kVectors];
+  bool has_wrong;  // a label that is no class
 
   PVK_INLINE Mask<T> is(int64_t c, int v) const { return label[v] == Mask<T>{} + Int(c); }
 
   template <typename scalar_t>
   PVK_INLINE Labels(const Call<scalar_t>& call, const Place& place) {
+    typedef Int Narrow __attribute__((vector_size(sizeof(Int) * kLanes<double>)));
     alignas(64) Int labels[kPositions<T>];
-    for (int lane = place.lanes; lane < kPositions<T>; ++lane) labels[lane] = -1;
-    for (int lane = 0; lane < place.lanes; ++lane) labels[lane] = Int(call.label(place.position + lane));
+    alignas(64) int64_t some[kPositions<T>];
+    const int64_t* from = static_cast<const int64_t*>(call.p.target) + place.position;
+    if (place.lanes < kPositions<T>) {
+      for (int lane = 0; lane < kPositions<T>; ++lane)
+        some[lane] = lane < place.lanes ? from[lane] : call.p.ignore_index;
+      from = some;
+    }
+    Mask<double> wrong{};
+    for (int lane = 0; lane < kPositions<T>; lane += kLanes<double>) {
+      Mask<double> wide;
+      std::memcpy(&wide, from + lane, sizeof(wide));
+      const Mask<double> is_kept = wide != call.p.ignore_index, is_class = (wide >= 0) & (wide < call.p.C);
+      const Narrow narrow = __builtin_convertvector((is_kept & is_class) ? wide : Mask<double>{} - 1, Narrow);
+      std::memcpy(labels + lane, &narrow, sizeof(narrow));
+      wrong |= is_kept & ~is_class;
+    }
+    has_wrong = any<double>(wrong);
     std::memcpy(label, labels, sizeof(label));
     if (call.p.weight == nullptr) {
       for (int v = 0; v < kVectors; ++v) {
@@ -247,8 +150,8 @@ void tile_forward(Call<scalar_t>& call, const Place& place, T* x, T* t, WideSum<
       return wanted * (log[v] - (at(x, c, v) - max[v]));
     });
   } else {
-    call.check_labels(place.position, place.lanes);
     const Labels<T> labels(call, place);
+    if (labels.has_wrong) call.note_wrong_label(place.position);
     Vec<T> picked[kVectors] = {};
     for (int64_t c = 0; c < p.C; ++c) {
 #pragma GCC unroll 4
@@ -359,8 +262,8 @@ void row_forward(Call<scalar_t>& call, int64_t position, WideSum<T>& loss_sum, W
   });
   const T log = log_of<T>(splat(sum_of<T>(sum)))[0];
   T loss = 0, weight = 0;
-  if (!p.is_soft) call.check_labels(position, 1);
   const int64_t label = p.is_soft ? -1 : call.label(position);
+  if (!p.is_soft && label < 0 && !call.is_ignored(position)) call.note_wrong_label(position);
   if (p.is_soft || (p.smoothing > 0 && label >= 0)) {
     for (int v = 0; v < 4; ++v) sum[v] = Vec<T>{};
     for_row<T>(p.C, [&](int64_t i, int lanes, int v) __attribute__((always_inline)) {
