@@ -1,8 +1,8 @@
 """The one way to declare an op: schema, fake, autograd, autocast, vmap, and the path below autograd.
 
 The kernels are registered in C++ (`csrc/ops/<op>/<op>.cpp`); everything that Python decides about an op is declared
-here. An op with Python autograd costs several microseconds more per call, so where nothing can ask for a gradient and
-nothing is tracing, the call is dispatched below autograd.
+here. What `torch.library` registers for autograd costs tens of microseconds a call. So where nothing is tracing, a call
+is dispatched below autograd where nothing can ask for a gradient, and else made by a `torch.autograd.Function`.
 """
 
 from __future__ import annotations
@@ -51,10 +51,12 @@ class Op:
         self.contract = contract
         self.overload = overload
         self.function: type[torch.autograd.Function] | None = None
+        self.eager: type[torch.autograd.Function] | None = None
         # Where tensors, or lists of them, stand among the arguments: nothing else is looked at in a call.
         self.tensors = tuple(
             index for index, argument in enumerate(overload._schema.arguments) if "Tensor" in str(argument.type)
         )
+        self.takes_lists = contract.returns_list or "Tensor[]" in contract.schema or "Tensor?[]" in contract.schema
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -65,32 +67,23 @@ class Op:
             return list(result) if self.contract.returns_list else result
         if forward_ad._current_level >= 0:
             _refuse_tangents(self.name, args)
-        if self._needs_autograd(args):
+        tensors = [arg for index in self.tensors if (arg := args[index]) is not None]
+        if self.takes_lists:
+            tensors = _flatten(tuple(tensors))[1]
+        for tensor in tensors:
+            kind = type(tensor)
+            if kind is not torch.Tensor and kind is not torch.nn.Parameter and isinstance(tensor, torch.Tensor):
+                return self.overload(*args)
+        if torch._C._get_tracing_state() is not None:
             return self.overload(*args)
+        if torch.is_grad_enabled():
+            for tensor in tensors:
+                if tensor.requires_grad:
+                    if self.eager is None or torch._C._is_any_autocast_enabled():
+                        return self.overload(*args)
+                    return self.eager.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
-
-    def _needs_autograd(self, args: tuple[Any, ...]) -> bool:
-        """Whether someone above the kernels wants to see this call: autograd, tracing, a tensor subclass."""
-        grad = torch.is_grad_enabled()
-        for index in self.tensors:
-            arg = args[index]
-            if arg is None:
-                continue
-            if type(arg) is list:
-                for item in arg:
-                    if _is_watched(item, grad):
-                        return True
-            elif _is_watched(arg, grad):
-                return True
-        return torch._C._get_tracing_state() is not None
-
-
-def _is_watched(tensor: Any, grad: bool) -> bool:
-    kind = type(tensor)
-    if kind is torch.Tensor or kind is torch.nn.Parameter:
-        return grad and tensor.requires_grad
-    return isinstance(tensor, torch.Tensor)
 
 
 def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
@@ -137,6 +130,8 @@ def declare(
             _library.impl(op.name, _raiser(op.name, key), key)
     if backward is not None and setup_context is not None:
         op.function = _function(op, setup_context, backward, vmap)
+        if not op.takes_lists:
+            op.eager = _eager_function(op, setup_context, backward)
     REGISTRY[op.name] = op
     return op
 
@@ -200,6 +195,22 @@ def _function(
             def vmap(info: Any, in_dims: tuple[Any, ...], layout: tuple[int | None, ...], *leaves: Any) -> Any:
                 result, dims = batch(info, _unflatten(layout, in_dims[1:]), *_unflatten(layout, leaves))
                 return (tuple(result), tuple(dims)) if op.contract.returns_list else (result, dims)
+
+    return Function
+
+
+def _eager_function(op: Op, setup: Callable[..., None], gradient: Callable[..., Any]) -> type[torch.autograd.Function]:
+    """The op for plain tensors: apply() of a Function with a `setup_context` inspects a signature at every call."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                result = op.overload(*args)
+            setup(ctx, args, result)
+            return result
+
+        backward = staticmethod(gradient)
 
     return Function
 

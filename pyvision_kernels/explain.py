@@ -21,6 +21,8 @@ _TORCH = {
     "aten::addmm": "linear",
     "aten::mm": "linear",
     "aten::linear": "linear",
+    "aten::cudnn_batch_norm": "batch_norm",
+    "aten::native_batch_norm": "batch_norm",
     "aten::native_layer_norm": "layer_norm",
 }
 

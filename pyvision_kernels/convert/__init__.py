@@ -36,12 +36,12 @@ def convert(
 ) -> nn.Module:
     """Replaces the layers of a model that have a counterpart with our kernels, in place.
 
-    Replaced are `torch.nn.Conv2d`, `Conv1d`, `Linear` and `LayerNorm`, torchvision's `RoIAlign`, `RoIPool`,
-    `PSRoIAlign`, `PSRoIPool` and `MultiScaleRoIAlign`, and the calls of NMS, IoU and losses within its Faster, Mask and
-    Keypoint R-CNN, RetinaNet, FCOS and SSD. A layer is replaced by a change of its class: parameters, buffers,
-    state_dict keys, hooks, mode and device are the same objects as before, and neither torchvision nor another model is
-    touched. Only instances of a stock class itself are replaced, not of a subclass. Called again, it decides anew for
-    every layer: what is now refused gets its stock class back.
+    Replaced are `torch.nn.Conv2d`, `Conv1d`, `Linear`, `BatchNorm1d`, `BatchNorm2d` and `LayerNorm`, torchvision's
+    `RoIAlign`, `RoIPool`, `PSRoIAlign`, `PSRoIPool` and `MultiScaleRoIAlign`, and the calls of NMS, IoU and losses
+    within its Faster, Mask and Keypoint R-CNN, RetinaNet, FCOS and SSD. A layer is replaced by a change of its class:
+    parameters, buffers, state_dict keys, hooks, mode and device are the same objects as before, and neither torchvision
+    nor another model is touched. Only instances of a stock class itself are replaced, not of a subclass. Called again,
+    it decides anew for every layer: what is now refused gets its stock class back.
     `conversion_report` says what was done, `revert` undoes it.
 
     Args:
@@ -165,6 +165,8 @@ def _entries(model: nn.Module) -> Iterator[LayerReport]:
         if is_fused(type(module)):
             count = sum(layer.startswith(f"{name}." if name else "") for layer in fused)
             yield LayerReport(name, (stock or cls).__name__, True, f"in eval mode a fused forward: {count} layers")
+        elif stock is not None and name in absorbed:
+            continue  # named beside the layer that it is fused into
         elif stock is not None:
             parts = tuple(fused.get(name, ()))
             arrow = f" <- {', '.join(parts)}" if parts else ""

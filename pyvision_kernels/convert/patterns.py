@@ -43,7 +43,10 @@ _POOL_FUNCTIONS = (F.max_pool2d, torch.max_pool2d)
 _POOL_OF_TWO = ((2, 2), (2, 2), (0, 0))
 _DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _DROPOUT_FUNCTIONS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "stochastic_depth"}
-_NORMS = {ours.Conv2d: (nn.BatchNorm2d, nn.SyncBatchNorm), ours.Conv1d: (nn.BatchNorm1d, nn.SyncBatchNorm)}
+_NORMS = {
+    ours.Conv2d: (nn.BatchNorm2d, ours.BatchNorm2d, nn.SyncBatchNorm),
+    ours.Conv1d: (nn.BatchNorm1d, ours.BatchNorm1d, nn.SyncBatchNorm),
+}
 LAYERS = (ours.Conv2d, ours.Conv1d, ours.Linear)
 
 # Stages of a chain, in the order of a kernel's epilogue.
@@ -234,7 +237,7 @@ def is_foldable(module: nn.Module, layer: type) -> bool:
     if is_norm_with_activation(module):
         known = type(module.act) is nn.Identity or activation_within(module) is not None
         return layer is ours.Conv2d and known and type(module.drop) is nn.Identity
-    return type(module) in _NORMS[layer]
+    return type(module) in _NORMS[layer] and getattr(module, "activation", None) is None
 
 
 def activation_within(module: nn.Module) -> str | None:
@@ -309,7 +312,7 @@ _FRESH_MODULES = (
     *LAYERS,
     *(nn.Conv2d, nn.Conv1d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm),
     *(nn.LayerNorm, nn.GroupNorm, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, *ACTIVATION_MODULES),
-    *(ours.MaxPool2d, ours.AvgPool2d, ours.AdaptiveAvgPool2d),
+    *(ours.BatchNorm1d, ours.BatchNorm2d, ours.LayerNorm, ours.MaxPool2d, ours.AvgPool2d, ours.AdaptiveAvgPool2d),
 )
 _FRESH_FUNCTIONS = frozenset(
     {operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul, torch.add, torch.mul, torch.cat}

@@ -11,6 +11,8 @@ _OURS = "pyvision_kernels.convert.detection"
 
 # Stock class -> ours, which an instance becomes by a change of its `__class__`: both have the same attributes.
 TABLE = {
+    "torch.nn.modules.batchnorm.BatchNorm1d": "pyvision_kernels.nn.BatchNorm1d",
+    "torch.nn.modules.batchnorm.BatchNorm2d": "pyvision_kernels.nn.BatchNorm2d",
     "torch.nn.modules.conv.Conv1d": "pyvision_kernels.nn.Conv1d",
     "torch.nn.modules.conv.Conv2d": "pyvision_kernels.nn.Conv2d",
     "torch.nn.modules.linear.Linear": "pyvision_kernels.nn.Linear",

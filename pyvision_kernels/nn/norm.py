@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from pyvision_kernels import _activation
 from pyvision_kernels.nn._layer import is_for_torch, is_traced
 from pyvision_kernels.ops.batch_norm import batch_norm
+from pyvision_kernels.ops.batch_norm import is_for_torch as is_for_torchs_batch_norm
+from pyvision_kernels.ops.batch_norm import run as run_batch_norm
 from pyvision_kernels.ops.layer_norm import layer_norm, run
 
 # Leaves for torch.fx.
@@ -54,35 +56,32 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N, C, ...] -> the same; a residual is added before the activation."""
-        if is_for_torch(input) and not is_traced(input):
+        traced = is_traced(input)
+        if not traced and (is_for_torch(input) or is_for_torchs_batch_norm(input, self.weight, self.training)):
             output = super().forward(input)
             if residual is not None:
                 output = output + residual
             return output if self.activation is None else _activation.FUNCTIONS[self.activation](output)
+        training = self.training
         if not isinstance(input, torch.fx.Proxy):
             self._check_input_dim(input)
             channels = input.shape[1]
-            if channels != self.num_features or (self.training and input.numel() == channels):
+            if channels != self.num_features or (training and input.numel() == channels):
                 return super().forward(input)  # where PyTorch refuses the input, by its words
         momentum = 0.0 if self.momentum is None else self.momentum
-        tracks = self.training and self.track_running_stats
-        if tracks and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # the average of all batches
-                momentum = 1.0 / float(self.num_batches_tracked)
-        uses = not self.training or self.track_running_stats
-        return batch_norm(
-            input,
-            self.running_mean if uses else None,
-            self.running_var if uses else None,
-            self.weight,
-            self.bias,
-            self.training or (self.running_mean is None and self.running_var is None),
-            momentum,
-            self.eps,
-            residual=residual,
-            activation=self.activation,
-        )
+        mean, var = self.running_mean, self.running_var
+        if training and self.track_running_stats:
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+                if self.momentum is None:  # the average of all batches
+                    momentum = 1.0 / float(self.num_batches_tracked)
+        elif training:
+            mean = var = None
+        by_batch = training or (mean is None and var is None)
+        arguments = input, mean, var, self.weight, self.bias, by_batch, momentum, self.eps
+        if traced:
+            return batch_norm(*arguments, residual=residual, activation=self.activation)
+        return run_batch_norm(*arguments, residual, self.activation)
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 
@@ -109,6 +110,44 @@ def test_variance_beside_a_large_mean(format, device):
     torch.testing.assert_close(var.cpu().double(), exact, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_doubles_beside_a_large_mean_are_as_exact_as_torchs(format, device):
+    x = (1e4 + 1e-2 * _normal(4, 3, 9, 9)).contiguous(memory_format=format)
+    np = pytest.importorskip("numpy")
+    long = x.numpy().astype(np.longdouble)
+    centered = long - long.mean((0, 2, 3), keepdims=True)
+    exact = centered / np.sqrt(np.square(centered).mean((0, 2, 3), keepdims=True) + np.longdouble(1e-5))
+    ours, theirs = (op(x.to(device), None, None, training=True).cpu() for op in (pvk.ops.batch_norm, F.batch_norm))
+    error, peer_error = (float(abs(out.numpy() - exact).max() / abs(exact).max()) for out in (ours, theirs))
+    assert error <= 2 * peer_error + torch.finfo(torch.float64).eps
+
+
+def test_values_whose_squares_leave_the_range_of_floats(device):
+    for scale in (1e25, 1e-25):
+        x = scale * _normal(2, 3, 9, 9)
+        var = torch.zeros(3, device=device)
+        options = {"training": True, "momentum": 1.0, "eps": 1e-60}
+        ours = pvk.ops.batch_norm(x.float().to(device), torch.zeros_like(var), var, **options)
+        exact = F.batch_norm(x.float().double(), None, None, **options)
+        torch.testing.assert_close(ours.cpu().double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_a_guess_of_the_mean_that_is_far_off(device):
+    # The first pixels say nothing of the others.
+    for format in (torch.contiguous_format, torch.channels_last):
+        x = _normal(2, 3, 40, 40, dtype=torch.float32)
+        x[0, :, :2] = torch.tensor([1e4, -30.0, 3.0]).view(3, 1, 1)
+        x = x.contiguous(memory_format=format)
+        runs = []
+        for op, change in ((pvk.ops.batch_norm, x.to(device)), (F.batch_norm, x), (F.batch_norm, x.double())):
+            mean, var = (torch.zeros(3, dtype=change.dtype, device=change.device) for _ in range(2))
+            out = op(change, mean, var, training=True, momentum=1.0)
+            runs.append([value.cpu().double() for value in (out, mean, var)])
+        for ours, theirs, exact in zip(*runs, strict=True):
+            error, peer_error = ((value - exact).abs().max() / exact.abs().max() for value in (ours, theirs))
+            assert error <= 2 * peer_error + torch.finfo(torch.float32).eps
+
+
 def test_nan_and_infinity_stay_in_their_channels(device):
     x = _normal(2, 4, 6, dtype=torch.float32)
     expected = F.batch_norm(x, None, None, training=True)
@@ -121,7 +160,7 @@ def test_nan_and_infinity_stay_in_their_channels(device):
 def test_denormals(device):
     x = 1e-40 * _normal(2, 3, 7, dtype=torch.float32).to(device)
     ours, theirs = (op(x, None, None, training=True) for op in (pvk.ops.batch_norm, F.batch_norm))
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-42)
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_empty_maps(device):
@@ -218,3 +257,39 @@ def test_layer_under_compile_and_fx():
     torch.testing.assert_close(ours.state_dict(), twin.state_dict())
     traced = torch.fx.symbolic_trace(ours.eval())
     torch.testing.assert_close(traced(x), twin.eval()(x))
+
+
+class _Stem(nn.Sequential):
+    def __init__(self, norm=None):
+        norm = norm or nn.BatchNorm2d(8)
+        head = nn.Flatten(), nn.Linear(8 * 36, 6), nn.BatchNorm1d(6)
+        super().__init__(nn.Conv2d(3, 8, 3, padding=1), norm, nn.ReLU(), *head)
+
+
+def test_convert_covers_them_in_training():
+    stock = _Stem().double()
+    ours = pvk.convert(copy.deepcopy(stock))
+    assert type(ours[1]) is pvk.nn.BatchNorm2d
+    assert type(ours[5]) is pvk.nn.BatchNorm1d
+    x = _normal(4, 3, 6, 6)
+    results = []
+    with pvk.backend("pvk"):
+        for model in (stock, ours):
+            out = model(x)
+            results.append((out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))))
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(ours.state_dict(), stock.state_dict())
+    assert type(pvk.revert(ours)[1]) is nn.BatchNorm2d
+
+
+def test_fused_where_it_has_no_activation_of_its_own():
+    for norm, parts in ((pvk.nn.BatchNorm2d(8), ("1", "relu")), (pvk.nn.BatchNorm2d(8, activation="silu"), ())):
+        model = _Stem(norm).double()
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias), model(_normal(4, 3, 6, 6))
+        x = _normal(2, 3, 6, 6)
+        expected = model.eval()(x)
+        fused = pvk.convert(model, fuse=True)
+        entries = {entry.name: entry for entry in pvk.conversion_report(fused)}
+        assert entries["0"].fused == tuple(part.replace("relu", "2") for part in parts)
+        with torch.no_grad():
+            torch.testing.assert_close(fused(x), expected)

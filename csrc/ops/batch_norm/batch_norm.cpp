@@ -75,6 +75,11 @@ Tensor new_like(const Tensor& tensor) {
   return result;
 }
 
+OptionalTensor scratch_of(int64_t elements, const Tensor& like) {
+  if (elements == 0) return std::nullopt;
+  return empty({elements}, ScalarType::Double, like);
+}
+
 std::tuple<Tensor, Tensor> forward_op(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
                                       const OptionalTensor& bias, const OptionalTensor& running_mean,
                                       const OptionalTensor& running_var, bool training, double eps,
@@ -99,12 +104,12 @@ std::tuple<Tensor, Tensor> forward_op(const Tensor& input, const OptionalTensor&
   }
   const Tensor output = new_like(input);
   const Tensor stats = empty({3, p.C}, stats_dtype(input), input);
-  const Tensor partials = empty({training ? parts_of(p.N * p.S, p.C) : 0, 2, p.C}, stats_dtype(input), input);
+  const OptionalTensor partials = scratch_of(training ? partials_of(p.N * p.S, p.C) : 0, input);
   p.input = data_of(input);
   p.residual = residual ? data_of(*residual) : nullptr;
   p.output = data_of(output);
   p.stats = data_of(stats);
-  p.partials = data_of(partials);
+  p.partials = partials ? data_of(*partials) : nullptr;
   p.activation = Activation(activation);
   p.training = training;
   p.eps = eps;
@@ -140,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(const Tensor& grad, const
   };
   const Tensor grad_input = made(needs_input, input, input), grad_residual = made(needs_residual, input, input);
   const Tensor grad_weight = made(needs_weight, weight, input), grad_bias = made(needs_bias, bias, input);
-  const Tensor partials = empty({parts_of(p.N * p.S, p.C), 2, p.C}, ScalarType::Double, input);
+  const OptionalTensor partials = scratch_of(partials_of(p.N * p.S, p.C), input);
   p.grad = data_of(grad);
   p.input = data_of(input);
   p.output = activation != 0 ? data_of(*output) : nullptr;
@@ -149,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(const Tensor& grad, const
   p.grad_residual = needs_residual ? data_of(grad_residual) : nullptr;
   p.grad_weight = needs_weight ? data_of(grad_weight) : nullptr;
   p.grad_bias = needs_bias ? data_of(grad_bias) : nullptr;
-  p.partials = data_of(partials);
+  p.partials = partials ? data_of(*partials) : nullptr;
   p.activation = Activation(activation);
   p.training = training;
   backward(p, scope.stream());

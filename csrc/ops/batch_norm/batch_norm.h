@@ -20,7 +20,7 @@ struct BatchNormParams {
   const void* running_var;   // the same
   void* output;
   void* stats;     // [3, C] of opmath: mean, rstd, unbiased variance (in training)
-  void* partials;  // [parts_of(), 2, C] of opmath
+  void* partials;  // partials_of() of double, in training
   DType dtype;
   DType weight_dtype, running_dtype;  // dtype, or float32 beside a 16-bit dtype
   Activation activation;
@@ -39,7 +39,7 @@ struct BatchNormBackwardParams {
   void* grad_residual;  // what is before the activation; or null
   void* grad_weight;    // [C], or null
   void* grad_bias;      // [C], or null
-  void* partials;       // [parts_of(), 2, C] of double
+  void* partials;       // partials_of() of double
   DType dtype, weight_dtype;
   Activation activation;  // none, relu or relu6
   bool rows, training;
@@ -56,5 +56,6 @@ inline int64_t parts_of(int64_t values, int64_t channels) {
 // Backend interface. Nothing is empty.
 void forward(const BatchNormParams& params, Stream stream);
 void backward(const BatchNormBackwardParams& params, Stream stream);
+int64_t partials_of(int64_t values, int64_t channels);  // elements of scratch, for N * S values a channel
 
 }  // namespace pvk::batch_norm

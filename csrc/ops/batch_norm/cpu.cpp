@@ -1,278 +1,316 @@
 // Batch normalisation on the CPU, forward; cpu_backward.cpp is the backward.
 //
-// Planes: a channel is one thread's, from its sums to its result, which finds in the cache what the sums read last.
-// Rows: parts of the pixels make sums, which are merged in order; then pixels are finished, the last ones first. The
-// borders of parts and pieces depend on sizes alone, so that the number of threads changes no bit.
-#include "core/buffer.h"
-#include "core/dispatch.h"
+// Planes: a block of channels is one thread's, from its sums to its result, while it is in the cache. Rows: parts of
+// the rows make sums, which are added in order; then rows are finished, the last ones first. Sums are those of
+// differences to a value of the channel's own range, and of their squares, a few in T and these in double; a channel
+// for which that range was a poor guess is summed again (docs/ops/batch_norm.md).
 #include "core/epilogue.h"
 #include "core/isa.h"
-#include "core/moments.h"
-#include "core/simd.h"
-#include "core/stream.h"
 #include "ops/batch_norm/cpu_pieces.h"
 
 namespace pvk::batch_norm {
 namespace PVK_ISA {
 namespace {
 
-using namespace pvk::PVK_ISA;
+// ---- statistics ----
 
-// Count, mean and sum of squared differences, in double.
-struct Merged {
-  double count = 0, mean = 0, square = 0;
-
-  PVK_INLINE void add(double n, double other_mean, double other_square) {
-    const double total = count + n, delta = other_mean - mean;
-    mean += count == 0 ? other_mean - mean : delta * (n / total);
-    square += other_square + (count == 0 ? 0 : delta * delta * (count * n / total));
-    count = total;
-  }
-};
-
+// A channel of `values`, from the sums of differences to its center and of their squares. False where the squares are
+// mostly those of a bad center, or left the range of T.
 template <typename T>
-PVK_INLINE T reciprocal_root(T x) {
-  if constexpr (sizeof(T) == 8) return T(1) / __builtin_sqrt(x);
-  return T(1) / __builtin_sqrtf(x);
-}
-
-template <typename T>
-PVK_INLINE void write_stats(const BatchNormParams& p, int64_t c, const Merged& all) {
+PVK_INLINE bool write_stats(const BatchNormParams& p, int64_t c, double center, double sum, double square) {
+  constexpr double kLeast = sizeof(T) == 8 ? 1e-280 : 1e-30, kMost = 1.7e308;
+  const double values = double(p.N * p.S), delta = sum / values;
+  const double apart = delta * sum, rest = square - apart > 0 ? square - apart : 0;
   T* const stats = static_cast<T*>(p.stats);
-  stats[c] = T(all.mean);
-  stats[p.C + c] = T(1.0 / __builtin_sqrt(all.square / all.count + p.eps));
-  stats[2 * p.C + c] = T(all.square / (all.count - 1));
+  stats[c] = T(center + delta);
+  stats[p.C + c] = T(1.0 / __builtin_sqrt(rest / values + p.eps));
+  stats[2 * p.C + c] = T(rest / (values - 1));
+  const bool constant = (sum == 0) & (square == 0);
+  return constant | ((square >= kLeast * values) & (square <= kMost) & (apart <= 4 * rest));
 }
 
-// (x - center) * scale + shift of a channel.
-template <typename T>
-struct Affine {
-  T center, scale, shift;
-
-  Affine(const BatchNormParams& p, int64_t c) {
-    const T* const stats = static_cast<const T*>(p.stats);
-    center = stats[c];
-    scale = stats[p.C + c] * element(p.weight, p.weight_dtype, c, T(1));
-    shift = element(p.bias, p.weight_dtype, c, T(0));
+// All of it in double, twice over the channel.
+template <typename scalar_t>
+void write_exact_stats(const BatchNormParams& p, int64_t c) {
+  using T = opmath_t<scalar_t>;
+  const int64_t step = p.rows ? p.C : 1, image = p.C * p.S;
+  const scalar_t* const x = static_cast<const scalar_t*>(p.input) + (p.rows ? c : c * p.S);
+  const double values = double(p.N * p.S);
+  double sum = 0, square = 0, rest = 0;
+  for (int64_t n = 0; n < p.N; ++n)
+    for (int64_t i = 0; i < p.S; ++i) sum += double(to_float(x[n * image + i * step]));
+  const double mean = sum / values;
+  for (int64_t n = 0; n < p.N; ++n) {
+    for (int64_t i = 0; i < p.S; ++i) {
+      const double difference = double(to_float(x[n * image + i * step])) - mean;
+      rest += difference;
+      square += difference * difference;
+    }
   }
+  write_stats<T>(p, c, mean, rest, square);
+}
+
+// Factors of channels: (x - center) * scale + shift.
+template <typename T>
+class Affine {
+ public:
+  explicit Affine(const BatchNormParams& p) : C_(p.C), data_(3 * p.C) {
+    fill(scale(), p.weight, p.weight_dtype, C_, T(1));
+    fill(shift(), p.bias, p.weight_dtype, C_, T(0));
+  }
+  // Takes the statistics of some channels.
+  void take(const T* stats, int64_t first, int64_t count) {
+    for (int64_t c = first; c < first + count; ++c) {
+      center()[c] = stats[c];
+      scale()[c] *= stats[C_ + c];
+    }
+  }
+  T* center() { return data_.data(); }
+  T* scale() { return data_.data() + C_; }
+  T* shift() { return data_.data() + 2 * C_; }
+
+ private:
+  const int64_t C_;
+  Buffer<T> data_;
 };
 
 template <typename T>
 void running_stats(const BatchNormParams& p) {
-  T* const stats = static_cast<T*>(p.stats);
+  T *const mean = static_cast<T*>(p.stats), *const rstd = mean + p.C, *const variance = rstd + p.C;
+  const T eps = T(p.eps);
+  fill(mean, p.running_mean, p.running_dtype, p.C, T(0));
+  fill(variance, p.running_var, p.running_dtype, p.C, T(0));
   for (int64_t c = 0; c < p.C; ++c) {
-    const T variance = element(p.running_var, p.running_dtype, c, T(0));
-    stats[c] = element(p.running_mean, p.running_dtype, c, T(0));
-    stats[p.C + c] = reciprocal_root(variance + T(p.eps));
-    stats[2 * p.C + c] = variance;
+    if constexpr (sizeof(T) == 8) {
+      rstd[c] = T(1) / __builtin_sqrt(variance[c] + eps);
+    } else {
+      rstd[c] = T(1) / __builtin_sqrtf(variance[c] + eps);
+    }
   }
 }
 
-// ---- forward of planes ----
+// ---- results ----
 
-template <Activation kActivation, typename scalar_t, typename T>
-void finish_plane(const BatchNormParams& p, int64_t offset, const Affine<T>& affine, bool past) {
-  const scalar_t* const x = static_cast<const scalar_t*>(p.input) + offset;
-  scalar_t* const output = static_cast<scalar_t*>(p.output) + offset;
-  const Vec<T> scale = splat(affine.scale), shift = splat(affine.shift);
-  const auto value = [&](int64_t i, int lanes) __attribute__((always_inline)) {
-    return fma(load_lanes(x + i, lanes) - affine.center, scale, shift);
+// The activations that are no clamping, a call for each pair.
+template <typename T>
+__attribute__((noinline)) void activate_rarely(Pair<T>& pair, Activation activation) {
+  with_activation(activation, [&](auto tag) __attribute__((always_inline)) {
+    pair.first = activate<decltype(tag)::value, T>(pair.first);
+    pair.second = activate<decltype(tag)::value, T>(pair.second);
+  });
+}
+
+// Writes results of neighbours.
+enum class Ending { kNone, kClamp, kRare };  // of the activation
+
+template <bool kResidual, Ending kEnding, typename scalar_t>
+struct Finish {
+  using T = opmath_t<scalar_t>;
+  const scalar_t *input, *residual;
+  scalar_t* output;
+  const Activation activation;
+  T high;
+
+  explicit Finish(const BatchNormParams& p)
+      : input(static_cast<const scalar_t*>(p.input)),
+        residual(static_cast<const scalar_t*>(p.residual)),
+        output(static_cast<scalar_t*>(p.output)),
+        activation(p.activation),
+        high(activation == Activation::kRelu6 ? T(6) : T(__builtin_inf())) {}
+
+  PVK_INLINE void write(int64_t i, int64_t n, bool past, const Pair<T>& center, const Pair<T>& scale,
+                        const Pair<T>& shift) const {
+    prefetch_ahead(input + i);
+    if constexpr (kResidual) prefetch_ahead(residual + i);
+    Pair<T> value = fma(load_elements(input + i, n) - center, scale, shift);
+    if constexpr (kResidual) value = value + load_elements(residual + i, n);
+    if constexpr (kEnding == Ending::kRare) activate_rarely(value, activation);
+    if constexpr (kEnding == Ending::kClamp)
+      value = {at_most(at_least(value.first, T(0)), high), at_most(at_least(value.second, T(0)), high)};
+    if (past) return stream_elements(output + i, value);
+    store_elements(output + i, value, n);
+  }
+
+  void plane(int64_t offset, int64_t count, bool past, T center, T scale, T shift) const {
+    const Pair<T> middle(center), factor(scale), term(shift);
+    for_pairs_of_target<scalar_t>(output + offset, count, past,
+                                  [&](int64_t i, int64_t n, bool streamed) __attribute__((always_inline)) {
+                                    write(offset + i, n, streamed, middle, factor, term);
+                                  });
+  }
+
+  // affine: [3, pitch].
+  void row(int64_t offset, int64_t count, bool past, const T* affine, int64_t pitch) const {
+    const auto of = [&](int64_t i) __attribute__((always_inline)) {
+      return Pair<T>{load(affine + i), load(affine + i + kLanes<T>)};
+    };
+    for_pairs<scalar_t>(count, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+      write(offset + i, n, past && n == kPair<scalar_t>, of(i), of(pitch + i), of(2 * pitch + i));
+    });
+  }
+};
+
+// body(Finish<...>) of the kind that is asked for.
+template <typename scalar_t, typename Body>
+void with_finish(const BatchNormParams& p, const Body& body) {
+  const auto with = [&](auto residual) {
+    constexpr bool kResidual = decltype(residual)::value;
+    if (p.activation == Activation::kNone) return body(Finish<kResidual, Ending::kNone, scalar_t>(p));
+    if (p.activation <= Activation::kRelu6) return body(Finish<kResidual, Ending::kClamp, scalar_t>(p));
+    body(Finish<kResidual, Ending::kRare, scalar_t>(p));
   };
-  if (p.residual != nullptr) {
-    const scalar_t* const residual = static_cast<const scalar_t*>(p.residual) + offset;
-    for_row<T>(p.S, [&](int64_t i, int lanes, int) __attribute__((always_inline)) {
-      store_lanes(output + i, activate<kActivation, T>(value(i, lanes) + load_lanes(residual + i, lanes)), lanes);
+  if (p.residual != nullptr) return with(Flag<true>{});
+  with(Flag<false>{});
+}
+
+// ---- planes ----
+
+// Some value of the channel's range: the mean of its first elements, or the value of a constant.
+template <typename scalar_t>
+PVK_INLINE opmath_t<scalar_t> center_of_plane(const scalar_t* plane, int64_t count) {
+  using T = opmath_t<scalar_t>;
+  const int64_t n = min_of(count, int64_t(kPair<scalar_t>));
+  const T first = to_float(plane[0]);
+  const Pair<T> all = n == kPair<scalar_t> ? load_elements(plane, kPair<scalar_t>) : load_elements(plane, n);
+  const Pair<T> apart = keep_first<scalar_t>(all - Pair<T>(first), n);
+  return first + sum_of_lanes<T>(apart.first + apart.second) / T(n);
+}
+
+// Adds a plane's differences to the center, and their squares.
+template <typename scalar_t, typename T>
+PVK_INLINE void add_plane(const scalar_t* plane, int64_t count, T center, WideSum<T>& sum, WideSum<T>& square) {
+  constexpr int64_t kPiece = kPairsOfSum * kPair<scalar_t>;
+  const Pair<T> middle(center);
+  for (int64_t first = 0; first < count; first += kPiece) {
+    const scalar_t* const x = plane + first;
+    Pair<T> sums, squares;
+    for_pairs<scalar_t>(min_of(kPiece, count - first), [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+      const Pair<T> apart = keep_first<scalar_t>(load_elements(x + i, n) - middle, n);
+      sums = sums + apart;
+      squares = fma(apart, apart, squares);
     });
-  } else if (past) {
-    for_row<T>(p.S, [&](int64_t i, int lanes, int) __attribute__((always_inline)) {
-      stream(output + i, activate<kActivation, T>(value(i, lanes)));
-    });
-  } else {
-    for_row<T>(p.S, [&](int64_t i, int lanes, int) __attribute__((always_inline)) {
-      store_lanes(output + i, activate<kActivation, T>(value(i, lanes)), lanes);
-    });
+    sum.add(sums.first + sums.second);
+    square.add(squares.first + squares.second);
+  }
+}
+
+template <typename scalar_t>
+void stats_of_planes(const BatchNormParams& p, int64_t first, int64_t channels) {
+  using T = opmath_t<scalar_t>;
+  const scalar_t* const x = static_cast<const scalar_t*>(p.input);
+  T center[kChannelsOfBlock];
+  WideSum<T> sum[kChannelsOfBlock], square[kChannelsOfBlock];
+  for (int64_t k = 0; k < channels; ++k) center[k] = center_of_plane(x + (first + k) * p.S, p.S);
+  for (int64_t n = 0; n < p.N; ++n)
+    for (int64_t k = 0; k < channels; ++k)
+      add_plane(x + (n * p.C + first + k) * p.S, p.S, center[k], sum[k], square[k]);
+  for (int64_t k = 0; k < channels; ++k) {
+    const int64_t c = first + k;
+    if (write_stats<T>(p, c, double(center[k]), sum[k].value(), square[k].value())) continue;
+    const T again = static_cast<const T*>(p.stats)[c];
+    WideSum<T> all, squares;
+    for (int64_t n = 0; n < p.N; ++n) add_plane(x + (n * p.C + c) * p.S, p.S, again, all, squares);
+    if (!write_stats<T>(p, c, double(again), all.value(), squares.value())) write_exact_stats<scalar_t>(p, c);
   }
 }
 
 template <typename scalar_t>
 void forward_planes(const BatchNormParams& p) {
   using T = opmath_t<scalar_t>;
-  if (!p.training) running_stats<T>(p);
-  const bool past = streams(static_cast<scalar_t*>(p.output), p.S, p.N * p.C * p.S * int64_t(sizeof(scalar_t)));
-  parallel_for(p.C, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      if (p.training) {
-        Merged all;
-        for (int64_t n = 0; n < p.N; ++n) {
-          const scalar_t* const plane = static_cast<const scalar_t*>(p.input) + (n * p.C + c) * p.S;
-          for (int64_t i = 0; i < p.S; i += kElementsOfPiece) {
-            const int64_t count = min_of(kElementsOfPiece, p.S - i);
-            const Moments<T> moments = moments_of_row(plane + i, count);
-            all.add(double(count), moments.exact_mean, double(moments.square));
-          }
-        }
-        write_stats<T>(p, c, all);
-      }
-      const Affine<T> affine(p, c);
-      with_activation(p.activation, [&](auto tag) __attribute__((always_inline)) {
-        constexpr Activation kActivation = decltype(tag)::value;
-        for (int64_t n = p.N; n-- > 0;) finish_plane<kActivation, scalar_t>(p, (n * p.C + c) * p.S, affine, past);
+  const bool past = goes_past_caches(p.N * p.C * p.S * int64_t(sizeof(scalar_t)));
+  Affine<T> affine(p);
+  const T *const center = affine.center(), *const scale = affine.scale(), *const shift = affine.shift();
+  with_finish<scalar_t>(p, [&](const auto& finish) {
+    if (!p.training) {
+      running_stats<T>(p);
+      affine.take(static_cast<const T*>(p.stats), 0, p.C);
+      parallel_for(p.N * p.C, max_of(kElementsOfRows / p.S, int64_t(1)), [&](int64_t begin, int64_t end) {
+        for (int64_t plane = begin, c = begin % p.C; plane < end; ++plane, c = c + 1 < p.C ? c + 1 : 0)
+          finish.plane(plane * p.S, p.S, past, center[c], scale[c], shift[c]);
+        if (past) end_of_streams();
       });
-    }
-    if (past) end_of_streams();
-  });
-}
-
-// ---- forward of rows ----
-
-template <bool kValue>
-struct Flag {
-  static constexpr bool value = kValue;
-};
-
-// mean and square, [C], get those of `rows` more pixels beside the `before` that they are of; the mean is that of the
-// differences to `base`, the first of all, so that a large one costs no digits.
-template <typename scalar_t, typename T>
-void merge_rows(const scalar_t* x, const scalar_t* base, int64_t rows, int64_t C, int64_t before, T* mean, T* square,
-                T* sums) {
-  T *const center = sums, *const squares = sums + C;
-  const T share = T(1) / T(rows), part = T(rows) / T(before + rows), weight = T(before) * part;
-  for_row<T>(
-      C, [&](int64_t c, int lanes, int) __attribute__((always_inline)) { store_lanes(center + c, Vec<T>{}, lanes); });
-  for (int64_t r = 0; r < rows; r += kRows) {  // the mean of differences to the first row
-    const int64_t count = min_of(int64_t(kRows), rows - r);
-    for_row<T>(C, [&](int64_t c, int lanes, int) __attribute__((always_inline)) {
-      const Vec<T> first = load_lanes(x + c, lanes);
-      Vec<T> sum = load_lanes(center + c, lanes);
-      for (int64_t k = 0; k < count; ++k) sum = fma(load_lanes(x + (r + k) * C + c, lanes) - first, splat(share), sum);
-      store_lanes(center + c, sum, lanes);
-    });
-  }
-  T* const missed = sums + 2 * C;
-  for_row<T>(C, [&](int64_t c, int lanes, int) __attribute__((always_inline)) {
-    store_lanes(center + c, load_lanes(center + c, lanes) + load_lanes(x + c, lanes), lanes);
-    store_lanes(squares + c, Vec<T>{}, lanes);
-    store_lanes(missed + c, Vec<T>{}, lanes);
-  });
-  for (int64_t r = 0; r < rows; r += kRows) {
-    const int64_t count = min_of(int64_t(kRows), rows - r);
-    for_row<T>(C, [&](int64_t c, int lanes, int) __attribute__((always_inline)) {
-      const Vec<T> middle = load_lanes(center + c, lanes);
-      Vec<T> sum = load_lanes(missed + c, lanes), product = load_lanes(squares + c, lanes);
-      for (int64_t k = 0; k < count; ++k) {
-        const Vec<T> difference = load_lanes(x + (r + k) * C + c, lanes) - middle;
-        sum += difference;
-        product = fma(difference, difference, product);
-      }
-      store_lanes(missed + c, sum, lanes);
-      store_lanes(squares + c, product, lanes);
-    });
-  }
-  for_row<T>(C, [&](int64_t c, int lanes, int) __attribute__((always_inline)) {
-    const Vec<T> sum = load_lanes(missed + c, lanes);
-    const Vec<T> own = at_least(load_lanes(squares + c, lanes) - sum * (sum * share), T(0));
-    const Vec<T> here = (load_lanes(center + c, lanes) - load_lanes(base + c, lanes)) + sum * share;
-    if (before == 0) {
-      store_lanes(mean + c, here, lanes);
-      store_lanes(square + c, own, lanes);
       return;
     }
-    const Vec<T> old = load_lanes(mean + c, lanes), delta = here - old;
-    store_lanes(mean + c, fma(delta, splat(part), old), lanes);
-    store_lanes(square + c, load_lanes(square + c, lanes) + fma(delta * delta, splat(weight), own), lanes);
+    for_blocks_of_channels(p.C, p.N * p.S * int64_t(sizeof(scalar_t)), [&](int64_t first, int64_t channels) {
+      stats_of_planes<scalar_t>(p, first, channels);
+      affine.take(static_cast<const T*>(p.stats), first, channels);
+      for (int64_t n = p.N; n-- > 0;)
+        for (int64_t c = first; c < first + channels; ++c)
+          finish.plane((n * p.C + c) * p.S, p.S, past, center[c], scale[c], shift[c]);
+      if (past) end_of_streams();
+    });
   });
 }
 
-// Rows rows, whose channels' constants are loaded once.
-template <int Rows, Activation kActivation, bool kResidual, bool kPast, typename scalar_t, typename T>
-PVK_INLINE void finish_some_rows(const BatchNormParams& p, int64_t row, const T* affine) {
-  const T *const center = affine, *const scale = affine + p.C, *const shift = affine + 2 * p.C;
-  const scalar_t* const x = static_cast<const scalar_t*>(p.input) + row * p.C;
-  const scalar_t* const residual = static_cast<const scalar_t*>(p.residual) + row * p.C;
-  scalar_t* const output = static_cast<scalar_t*>(p.output) + row * p.C;
-  for_row<T>(p.C, [&](int64_t c, int lanes, int) __attribute__((always_inline)) {
-    const Vec<T> middle = load_lanes(center + c, lanes), factor = load_lanes(scale + c, lanes);
-    const Vec<T> term = load_lanes(shift + c, lanes);
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) {
-      Vec<T> value = fma(load_lanes(x + r * p.C + c, lanes) - middle, factor, term);
-      if constexpr (kResidual) value += load_lanes(residual + r * p.C + c, lanes);
-      value = activate<kActivation, T>(value);
-      if constexpr (kPast) {
-        stream(output + r * p.C + c, value);
-      } else {
-        store_lanes(output + r * p.C + c, value, lanes);
-      }
-    }
-  });
-}
+// ---- rows ----
 
-template <Activation kActivation, typename scalar_t, typename T>
-void finish_rows_of_map(const BatchNormParams& p, int64_t first, int64_t pixels, const T* affine, bool past) {
-  const auto all = [&](auto residual, auto streamed) __attribute__((always_inline)) {
-    constexpr bool kResidual = decltype(residual)::value, kPast = decltype(streamed)::value;
-    int64_t row = first;
-    for (; row + kRows <= first + pixels; row += kRows)
-      finish_some_rows<kRows, kActivation, kResidual, kPast, scalar_t>(p, row, affine);
-    for (; row < first + pixels; ++row) finish_some_rows<1, kActivation, kResidual, kPast, scalar_t>(p, row, affine);
-  };
-  if (p.residual != nullptr) return all(Flag<true>{}, Flag<false>{});
-  if (past) return all(Flag<false>{}, Flag<true>{});
-  all(Flag<false>{}, Flag<false>{});
+constexpr int64_t kSamples = 16;
+
+// Some value of each channel's range: the mean of a few pixels all over the map, or the value of a constant.
+template <typename scalar_t>
+void centers_of_rows(const BatchNormParams& p, opmath_t<scalar_t>* center) {
+  using T = opmath_t<scalar_t>;
+  const scalar_t* const x = static_cast<const scalar_t*>(p.input);
+  const int64_t pixels = p.N * p.S, samples = min_of(pixels, kSamples);
+  for (int64_t c = 0; c < p.C; ++c) center[c] = 0;
+  for (int64_t k = 1; k < samples; ++k) {
+    const scalar_t* const pixel = x + pixels * k / samples * p.C;
+    for (int64_t c = 0; c < p.C; ++c) center[c] += to_float(pixel[c]) - to_float(x[c]);
+  }
+  for (int64_t c = 0; c < p.C; ++c) center[c] = to_float(x[c]) + center[c] * (T(1) / T(samples));
 }
 
 template <typename scalar_t>
-void stats_of_rows(const BatchNormParams& p) {
+void stats_of_rows(const BatchNormParams& p, const Rows& rows) {
   using T = opmath_t<scalar_t>;
-  const int64_t pixels = p.N * p.S, C = p.C, parts = parts_of(pixels, C);
-  const int64_t piece = rows_of_piece(C);
-  T* const partials = static_cast<T*>(p.partials);
-  parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
-    Buffer<T> sums(3 * C);
-    for (int64_t part = begin; part < end; ++part) {
-      T* const mean = partials + part * 2 * C;
-      const int64_t first = pixels * part / parts, last = pixels * (part + 1) / parts;
-      const scalar_t* const base = static_cast<const scalar_t*>(p.input) + first * C;
-      for (int64_t row = first; row < last; row += piece)
-        merge_rows(base + (row - first) * C, base, min_of(piece, last - row), C, row - first, mean, mean + C,
-                   sums.data());
-    }
-  });
-  parallel_for(C, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      Merged all;
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t first = pixels * part / parts, count = pixels * (part + 1) / parts - first;
-        const double base = double(to_float(static_cast<const scalar_t*>(p.input)[first * C + c]));
-        all.add(double(count), base + double(partials[part * 2 * C + c]), double(partials[(part * 2 + 1) * C + c]));
-      }
-      write_stats<T>(p, c, all);
-    }
+  const scalar_t* const x = static_cast<const scalar_t*>(p.input);
+  Buffer<T> centers(p.C + rows.pitch);
+  T *const center = centers.data(), *const in_pairs = center + p.C;
+  centers_of_rows<scalar_t>(p, center);
+  spread<scalar_t>(rows, center, in_pairs);
+  Buffer<double> sums(2 * p.C);
+  sums_of_rows<scalar_t>(rows, sums.data(),
+                         [&](int64_t offset, int64_t count, int64_t place, int64_t n, Pair<T>& sum, Pair<T>& square)
+                             __attribute__((always_inline)) {
+                               const Pair<T> middle(load(in_pairs + place), load(in_pairs + place + kLanes<T>));
+                               prefetch_rows(rows, x, offset, place);
+                               for (int64_t r = 0; r < count; ++r) {
+                                 const Pair<T> apart =
+                                     keep_first<scalar_t>(load_elements(x + offset + r * rows.width, n) - middle, n);
+                                 sum = sum + apart;
+                                 square = fma(apart, apart, square);
+                               }
+                             });
+  int64_t bad = 0;
+  for (int64_t c = 0; c < p.C; ++c) bad += !write_stats<T>(p, c, double(center[c]), sums[c], sums[p.C + c]);
+  if (bad == 0) return;
+  parallel_for(p.C, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c)
+      if (!write_stats<T>(p, c, double(center[c]), sums[c], sums[p.C + c])) write_exact_stats<scalar_t>(p, c);
   });
 }
 
 template <typename scalar_t>
 void forward_rows(const BatchNormParams& p) {
   using T = opmath_t<scalar_t>;
+  const Rows rows = rows_of<scalar_t>(p.N * p.S, p.C);
   if (p.training) {
-    stats_of_rows<scalar_t>(p);
+    stats_of_rows<scalar_t>(p, rows);
   } else {
     running_stats<T>(p);
   }
-  Buffer<T> affine(3 * p.C);
-  for (int64_t c = 0; c < p.C; ++c) {
-    const Affine<T> one(p, c);
-    affine[c] = one.center;
-    affine[p.C + c] = one.scale;
-    affine[2 * p.C + c] = one.shift;
-  }
-  const int64_t pixels = p.N * p.S;
-  const bool past = streams(static_cast<scalar_t*>(p.output), p.C, pixels * p.C * int64_t(sizeof(scalar_t)));
-  for_pieces_backwards(pixels, p.C, [&](int64_t first, int64_t count) {
-    with_activation(p.activation, [&](auto tag) __attribute__((always_inline)) {
-      finish_rows_of_map<decltype(tag)::value, scalar_t>(p, first, count, affine.data(), past);
+  Affine<T> affine(p);
+  affine.take(static_cast<const T*>(p.stats), 0, p.C);
+  Buffer<T> in_pairs(3 * rows.pitch);
+  spread<scalar_t>(rows, affine.center(), in_pairs.data());
+  spread<scalar_t>(rows, affine.scale(), in_pairs.data() + rows.pitch);
+  spread<scalar_t>(rows, affine.shift(), in_pairs.data() + 2 * rows.pitch);
+  const bool past = rows.width == rows.pitch && reinterpret_cast<uintptr_t>(p.output) % 64 == 0 &&
+                    goes_past_caches(rows.elements() * int64_t(sizeof(scalar_t)));
+  with_finish<scalar_t>(p, [&](const auto& finish) {
+    for_rows_backwards(rows, past, [&](int64_t offset, int64_t count) {
+      finish.row(offset, count, past, in_pairs.data(), rows.pitch);
     });
-    if (past) end_of_streams();
   });
 }
 
@@ -288,5 +326,11 @@ void forward(const BatchNormParams& p) {
 }  // namespace PVK_ISA
 
 PVK_CPU_ENTRY(void, forward, BatchNormParams)
+
+#if defined(PVK_ISA_BASELINE)
+int64_t partials_of(int64_t, int64_t) {
+  return 0;
+}
+#endif
 
 }  // namespace pvk::batch_norm

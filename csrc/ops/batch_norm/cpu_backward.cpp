@@ -1,231 +1,217 @@
 // Batch normalisation on the CPU, backward; the map is cut as by the forward (cpu.cpp).
-#include "core/buffer.h"
-#include "core/dispatch.h"
 #include "core/isa.h"
-#include "core/stream.h"
 #include "ops/batch_norm/cpu_pieces.h"
 
 namespace pvk::batch_norm {
 namespace PVK_ISA {
 namespace {
 
-// The gradient before the activation, from the one behind it and the activation's result; NaN passes.
-template <Activation kActivation, typename T>
-PVK_INLINE Vec<T> before(Vec<T> grad, Vec<T> result) {
-  if constexpr (kActivation == Activation::kRelu) return result <= T(0) ? Vec<T>{} : grad;
-  if constexpr (kActivation == Activation::kRelu6) {
-    const Vec<T> above = result <= T(0) ? Vec<T>{} : grad;
-    return result >= T(6) ? Vec<T>{} : above;
-  }
-  return grad;
-}
-
-// What the sums A = sum of grad and B = sum of grad * (x - mean) of a channel make of its gradients:
-// grad_input = (grad - from_sum - (x - mean) * from_product) * scale.
+// What the sums A = sum of grad and B = sum of grad * (x - mean) make of the gradients of all channels:
+// grad_input = (grad - from_sum - (x - mean) * from_product) * scale. Slope: -from_product.
 template <typename T>
-struct Slopes {
-  T center, from_sum, from_product, scale;
-
-  Slopes(const BatchNormBackwardParams& p, int64_t c, double sum, double product) {
-    const T* const stats = static_cast<const T*>(p.stats);
-    const double count = double(p.N * p.S), rstd = double(stats[p.C + c]);
-    center = stats[c];
-    scale = T(rstd * double(element(p.weight, p.weight_dtype, c, T(1))));
-    from_sum = p.training ? T(sum / count) : T(0);
-    from_product = p.training ? T(product * rstd * rstd / count) : T(0);
-    write(p, p.grad_weight, c, product * rstd);
-    write(p, p.grad_bias, c, sum);
+class Slopes {
+ public:
+  explicit Slopes(const BatchNormBackwardParams& p) : C_(p.C), data_(4 * p.C) {
+    fill(scale(), p.weight, p.weight_dtype, C_, T(1));
   }
+  // sums, products: of some channels, the first one `first`.
+  void take(const BatchNormBackwardParams& p, const double* sums, const double* products, int64_t first,
+            int64_t count) {
+    const T *const mean = static_cast<const T*>(p.stats), *const rstd = mean + C_;
+    const double share = p.training ? 1 / double(p.N * p.S) : 0;
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t c = first + k;
+      const double factor = double(rstd[c]);
+      center()[c] = mean[c];
+      scale()[c] = T(factor * double(scale()[c]));
+      from_sum()[c] = T(sums[k] * share);
+      slope()[c] = T(-products[k] * factor * factor * share);
+    }
+    write(p, p.grad_bias, first, count, [&](int64_t k) { return sums[k]; });
+    write(p, p.grad_weight, first, count, [&](int64_t k) { return products[k] * double(rstd[first + k]); });
+  }
+  T* center() { return data_.data(); }
+  T* from_sum() { return data_.data() + C_; }
+  T* slope() { return data_.data() + 2 * C_; }
+  T* scale() { return data_.data() + 3 * C_; }
 
  private:
-  static void write(const BatchNormBackwardParams& p, void* target, int64_t c, double value) {
+  template <typename Value>
+  static void write(const BatchNormBackwardParams& p, void* target, int64_t first, int64_t count, const Value& value) {
     if (target == nullptr) return;
     dispatch_floating(p.weight_dtype, [&](auto scalar) {
       using weight_t = decltype(scalar);
-      static_cast<weight_t*>(target)[c] = from_float<weight_t>(opmath_t<weight_t>(value));
+      weight_t* const grad = static_cast<weight_t*>(target) + first;
+      for (int64_t k = 0; k < count; ++k) grad[k] = from_float<weight_t>(opmath_t<weight_t>(value(k)));
     });
   }
+
+  const int64_t C_;
+  Buffer<T> data_;
 };
 
-// The pointers of a map's backward at an offset.
-template <Activation kActivation, typename scalar_t>
-struct MapBackward {
+// A map's backward, of neighbours from an offset on.
+template <bool kActivated, typename scalar_t>
+struct Map {
   using T = opmath_t<scalar_t>;
-  const scalar_t *x, *grad, *result;
+  const scalar_t *input, *grad, *result;
   scalar_t *grad_input, *grad_residual;
+  T limit;  // of relu6; of relu NaN, which no result is at or above
 
-  MapBackward(const BatchNormBackwardParams& p, int64_t offset)
-      : x(static_cast<const scalar_t*>(p.input) + offset),
-        grad(static_cast<const scalar_t*>(p.grad) + offset),
-        result(static_cast<const scalar_t*>(p.output) + offset),
-        grad_input(static_cast<scalar_t*>(p.grad_input) + offset),
-        grad_residual(static_cast<scalar_t*>(p.grad_residual) + offset) {}
+  explicit Map(const BatchNormBackwardParams& p)
+      : input(static_cast<const scalar_t*>(p.input)),
+        grad(static_cast<const scalar_t*>(p.grad)),
+        result(static_cast<const scalar_t*>(p.output)),
+        grad_input(static_cast<scalar_t*>(p.grad_input)),
+        grad_residual(static_cast<scalar_t*>(p.grad_residual)),
+        limit(p.activation == Activation::kRelu6 ? T(6) : T(__builtin_nan(""))) {}
 
-  PVK_INLINE Vec<T> gradient(int64_t i, int lanes) const {
-    const Vec<T> g = load_lanes(grad + i, lanes);
-    if constexpr (kActivation == Activation::kNone) return g;
-    return before<kActivation, T>(g, load_lanes(result + i, lanes));
+  // The gradient before the activation; NaN passes.
+  PVK_INLINE Pair<T> gradient(int64_t i, int64_t n) const {
+    Pair<T> g = load_elements(grad + i, n);
+    if constexpr (kActivated) {
+      const Pair<T> at = load_elements(result + i, n);
+      g = {at.first <= T(0) ? Vec<T>{} : g.first, at.second <= T(0) ? Vec<T>{} : g.second};
+      g = {at.first >= limit ? Vec<T>{} : g.first, at.second >= limit ? Vec<T>{} : g.second};
+    }
+    return g;
+  }
+
+  // The input's part is read in training alone.
+  template <bool kTraining>
+  PVK_INLINE void write(int64_t i, int64_t n, bool past, const Pair<T>& center, const Pair<T>& from_sum,
+                        const Pair<T>& slope, const Pair<T>& scale) const {
+    prefetch_ahead(grad + i);
+    if constexpr (kTraining) prefetch_ahead(input + i);
+    const Pair<T> g = gradient(i, n);
+    if (grad_residual != nullptr) store_elements(grad_residual + i, g, n);
+    if (grad_input == nullptr) return;
+    Pair<T> value = g;
+    if constexpr (kTraining) value = fma(load_elements(input + i, n) - center, slope, g - from_sum);
+    value = value * scale;
+    if (past) return stream_elements(grad_input + i, value);
+    store_elements(grad_input + i, value, n);
+  }
+
+  // The sums of the gradient, and of its products with x - center.
+  PVK_INLINE void add(int64_t i, int64_t n, const Pair<T>& center, Pair<T>& sum, Pair<T>& product) const {
+    const Pair<T> g = gradient(i, n);
+    sum = sum + g;
+    product = fma(g, load_elements(input + i, n) - center, product);
   }
 };
 
-template <Activation kActivation, typename scalar_t>
+template <bool kActivated, typename scalar_t>
 void backward_planes(const BatchNormBackwardParams& p) {
   using T = opmath_t<scalar_t>;
-  using Map = MapBackward<kActivation, scalar_t>;
-  const bool past = streams(static_cast<scalar_t*>(p.grad_input), p.S, p.N * p.C * p.S * int64_t(sizeof(scalar_t)));
-  parallel_for(p.C, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      const T center = static_cast<const T*>(p.stats)[c];
-      WideSum<T> total, total_product;
+  const Map<kActivated, scalar_t> map(p);
+  const bool past = goes_past_caches(p.N * p.C * p.S * int64_t(sizeof(scalar_t)));
+  const bool sums_wanted = p.training || p.grad_weight != nullptr || p.grad_bias != nullptr;
+  const bool maps_wanted = p.grad_input != nullptr || p.grad_residual != nullptr;
+  Slopes<T> slopes(p);
+  for_blocks_of_channels(p.C, 2 * p.N * p.S * int64_t(sizeof(scalar_t)), [&](int64_t first, int64_t channels) {
+    double sums[kChannelsOfBlock] = {}, products[kChannelsOfBlock] = {};
+    const T* const mean = static_cast<const T*>(p.stats) + first;
+    if (sums_wanted) {
+      constexpr int64_t kPiece = kPairsOfSum * kPair<scalar_t>;
+      WideSum<T> sum[kChannelsOfBlock], product[kChannelsOfBlock];
       for (int64_t n = 0; n < p.N; ++n) {
-        for (int64_t first = 0; first < p.S; first += kElementsOfSum) {
-          const Map map(p, (n * p.C + c) * p.S + first);
-          Vec<T> sum[4] = {}, product[4] = {};
-          for_row<T>(min_of(kElementsOfSum, p.S - first),
-                     [&](int64_t i, int lanes, int v) __attribute__((always_inline)) {
-                       const Vec<T> g = map.gradient(i, lanes);
-                       sum[v] += g;
-                       product[v] = fma(g, load_lanes(map.x + i, lanes) - center, product[v]);
-                     });
-          total.add((sum[0] + sum[1]) + (sum[2] + sum[3]));
-          total_product.add((product[0] + product[1]) + (product[2] + product[3]));
+        for (int64_t k = 0; k < channels; ++k) {
+          const Pair<T> center(mean[k]);
+          const int64_t plane = (n * p.C + first + k) * p.S;
+          for (int64_t begin = 0; begin < p.S; begin += kPiece) {
+            Pair<T> one, other;
+            for_pairs<scalar_t>(min_of(kPiece, p.S - begin),
+                                [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+                                  map.add(plane + begin + i, count, center, one, other);
+                                });
+            sum[k].add(one.first + one.second);
+            product[k].add(other.first + other.second);
+          }
         }
       }
-      const Slopes<T> slopes(p, c, total.value(), total_product.value());
-      if (p.grad_input == nullptr && p.grad_residual == nullptr) continue;
-      const Vec<T> scale = splat(slopes.scale), slope = splat(-slopes.from_product);
-      for (int64_t n = p.N; n-- > 0;) {
-        const Map map(p, (n * p.C + c) * p.S);
-        const auto result = [&](int64_t i, int lanes, Vec<T> g) __attribute__((always_inline)) {
-          return fma(load_lanes(map.x + i, lanes) - slopes.center, slope, g - slopes.from_sum) * scale;
-        };
-        if (p.grad_residual != nullptr) {
-          for_row<T>(p.S, [&](int64_t i, int lanes, int) __attribute__((always_inline)) {
-            const Vec<T> g = map.gradient(i, lanes);
-            store_lanes(map.grad_residual + i, g, lanes);
-            if (p.grad_input != nullptr) store_lanes(map.grad_input + i, result(i, lanes, g), lanes);
-          });
-        } else if (past) {
-          for_row<T>(p.S, [&](int64_t i, int lanes, int) __attribute__((always_inline)) {
-            stream(map.grad_input + i, result(i, lanes, map.gradient(i, lanes)));
-          });
-        } else {
-          for_row<T>(p.S, [&](int64_t i, int lanes, int) __attribute__((always_inline)) {
-            store_lanes(map.grad_input + i, result(i, lanes, map.gradient(i, lanes)), lanes);
-          });
-        }
+      for (int64_t k = 0; k < channels; ++k) {
+        sums[k] = sum[k].value();
+        products[k] = product[k].value();
       }
     }
+    slopes.take(p, sums, products, first, channels);
+    if (!maps_wanted) return;
+    const auto finish = [&](auto training) __attribute__((always_inline)) {
+      constexpr bool kTraining = decltype(training)::value;
+      for (int64_t n = p.N; n-- > 0;) {
+        for (int64_t c = first; c < first + channels; ++c) {
+          const Pair<T> center(slopes.center()[c]), from_sum(slopes.from_sum()[c]), slope(slopes.slope()[c]);
+          const Pair<T> scale(slopes.scale()[c]);
+          const int64_t plane = (n * p.C + c) * p.S;
+          for_pairs_of_target<scalar_t>(map.grad_input + plane, p.S, past && map.grad_input != nullptr,
+                                        [&](int64_t i, int64_t count, bool streamed) __attribute__((always_inline)) {
+                                          map.template write<kTraining>(plane + i, count, streamed, center, from_sum,
+                                                                        slope, scale);
+                                        });
+        }
+      }
+    };
+    p.training ? finish(Flag<true>{}) : finish(Flag<false>{});
     if (past) end_of_streams();
   });
 }
 
-// Adds Rows rows to the sums of every channel.
-template <int Rows, typename Map, typename T>
-PVK_INLINE void add_rows(const Map& map, int64_t C, const T* center, T* sums, T* products) {
-  for_row<T>(C, [&](int64_t c, int lanes, int) __attribute__((always_inline)) {
-    const Vec<T> mean = load_lanes(center + c, lanes);
-    Vec<T> sum = load_lanes(sums + c, lanes), product = load_lanes(products + c, lanes);
-#pragma GCC unroll 4
-    for (int k = 0; k < Rows; ++k) {
-      const Vec<T> g = map.gradient(k * C + c, lanes);
-      sum += g;
-      product = fma(g, load_lanes(map.x + k * C + c, lanes) - mean, product);
-    }
-    store_lanes(sums + c, sum, lanes);
-    store_lanes(products + c, product, lanes);
-  });
-}
-
-template <Activation kActivation, typename scalar_t>
+template <bool kActivated, typename scalar_t>
 void backward_rows(const BatchNormBackwardParams& p) {
   using T = opmath_t<scalar_t>;
-  using Map = MapBackward<kActivation, scalar_t>;
-  const int64_t pixels = p.N * p.S, C = p.C, parts = parts_of(pixels, C);
-  double* const partials = static_cast<double*>(p.partials);
-  const T* const center = static_cast<const T*>(p.stats);
-  parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
-    Buffer<T> buffer(2 * C);
-    T *const sums = buffer.data(), *const products = sums + C;
-    for (int64_t part = begin; part < end; ++part) {
-      double* const totals = partials + part * 2 * C;
-      for (int64_t c = 0; c < 2 * C; ++c) {
-        totals[c] = 0;
-        sums[c] = T(0);
-      }
-      const int64_t first = pixels * part / parts, last = pixels * (part + 1) / parts;
-      for (int64_t row = first; row < last; row += kRows) {
-        if (last - row >= kRows) {
-          add_rows<kRows>(Map(p, row * C), C, center, sums, products);
-        } else {
-          for (int64_t k = row; k < last; ++k) add_rows<1>(Map(p, k * C), C, center, sums, products);
-        }
-        if ((row - first) % kRowsOfSum != kRowsOfSum - kRows && row + kRows < last) continue;
-        for (int64_t c = 0; c < 2 * C; ++c) {
-          totals[c] += double(sums[c]);
-          sums[c] = T(0);
-        }
-      }
-    }
-  });
-  Buffer<T> slopes(4 * C);
-  for (int64_t c = 0; c < C; ++c) {
-    double sum = 0, product = 0;
-    for (int64_t part = 0; part < parts; ++part) {
-      sum += partials[part * 2 * C + c];
-      product += partials[(part * 2 + 1) * C + c];
-    }
-    const Slopes<T> one(p, c, sum, product);
-    slopes[c] = one.center;
-    slopes[C + c] = one.from_sum;
-    slopes[2 * C + c] = -one.from_product;
-    slopes[3 * C + c] = one.scale;
+  const Map<kActivated, scalar_t> map(p);
+  const Rows rows = rows_of<scalar_t>(p.N * p.S, p.C);
+  Buffer<T> in_pairs(4 * rows.pitch);
+  T *const center = in_pairs.data(), *const from_sum = center + rows.pitch, *const slope = from_sum + rows.pitch,
+           *const scale = slope + rows.pitch;
+  const auto of = [](const T* vector)
+                      __attribute__((always_inline)) { return Pair<T>{load(vector), load(vector + kLanes<T>)}; };
+  spread<scalar_t>(rows, static_cast<const T*>(p.stats), center);
+  Buffer<double> sums(2 * p.C);
+  for (int64_t c = 0; c < 2 * p.C; ++c) sums[c] = 0;
+  if (p.training || p.grad_weight != nullptr || p.grad_bias != nullptr) {
+    sums_of_rows<scalar_t>(rows, sums.data(),
+                           [&](int64_t offset, int64_t count, int64_t place, int64_t n, Pair<T>& sum, Pair<T>& product)
+                               __attribute__((always_inline)) {
+                                 const Pair<T> middle = of(center + place);
+                                 prefetch_rows(rows, map.input, offset, place);
+                                 prefetch_rows(rows, map.grad, offset, place);
+                                 for (int64_t r = 0; r < count; ++r)
+                                   map.add(offset + r * rows.width, n, middle, sum, product);
+                               });
   }
+  Slopes<T> slopes(p);
+  slopes.take(p, sums.data(), sums.data() + p.C, 0, p.C);
   if (p.grad_input == nullptr && p.grad_residual == nullptr) return;
-  const bool past = streams(static_cast<scalar_t*>(p.grad_input), C, pixels * C * int64_t(sizeof(scalar_t)));
-  for_pieces_backwards(pixels, C, [&](int64_t first, int64_t count) {
-    const T* const s = slopes.data();
-    for (int64_t row = first; row < first + count; ++row) {
-      const Map map(p, row * C);
-      const auto result = [&](int64_t c, int lanes, Vec<T> g) __attribute__((always_inline)) {
-        const Vec<T> difference = load_lanes(map.x + c, lanes) - load_lanes(s + c, lanes);
-        return fma(difference, load_lanes(s + 2 * C + c, lanes), g - load_lanes(s + C + c, lanes)) *
-               load_lanes(s + 3 * C + c, lanes);
-      };
-      if (p.grad_residual != nullptr) {
-        for_row<T>(C, [&](int64_t c, int lanes, int) __attribute__((always_inline)) {
-          const Vec<T> g = map.gradient(c, lanes);
-          store_lanes(map.grad_residual + c, g, lanes);
-          if (p.grad_input != nullptr) store_lanes(map.grad_input + c, result(c, lanes, g), lanes);
-        });
-      } else if (past) {
-        for_row<T>(C, [&](int64_t c, int lanes, int) __attribute__((always_inline)) {
-          stream(map.grad_input + c, result(c, lanes, map.gradient(c, lanes)));
-        });
-      } else {
-        for_row<T>(C, [&](int64_t c, int lanes, int) __attribute__((always_inline)) {
-          store_lanes(map.grad_input + c, result(c, lanes, map.gradient(c, lanes)), lanes);
-        });
-      }
-    }
-    if (past) end_of_streams();
-  });
-}
-
-template <Activation kActivation>
-void backward_of(const BatchNormBackwardParams& p) {
-  dispatch_floating(p.dtype, [&](auto scalar) {
-    using scalar_t = decltype(scalar);
-    return p.rows || p.S == 1 ? backward_rows<kActivation, scalar_t>(p) : backward_planes<kActivation, scalar_t>(p);
-  });
+  spread<scalar_t>(rows, slopes.from_sum(), from_sum);
+  spread<scalar_t>(rows, slopes.slope(), slope);
+  spread<scalar_t>(rows, slopes.scale(), scale);
+  const bool past = p.grad_input != nullptr && rows.width == rows.pitch &&
+                    reinterpret_cast<uintptr_t>(p.grad_input) % 64 == 0 &&
+                    goes_past_caches(rows.elements() * int64_t(sizeof(scalar_t)));
+  const auto finish = [&](auto training) __attribute__((always_inline)) {
+    constexpr bool kTraining = decltype(training)::value;
+    for_rows_backwards(rows, past, [&](int64_t offset, int64_t count) {
+      for_pairs<scalar_t>(count, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+        map.template write<kTraining>(offset + i, n, past && n == kPair<scalar_t>, of(center + i), of(from_sum + i),
+                                      of(slope + i), of(scale + i));
+      });
+    });
+  };
+  p.training ? finish(Flag<true>{}) : finish(Flag<false>{});
 }
 
 }  // namespace
 
 void backward(const BatchNormBackwardParams& p) {
-  if (p.activation == Activation::kRelu) return backward_of<Activation::kRelu>(p);
-  if (p.activation == Activation::kRelu6) return backward_of<Activation::kRelu6>(p);
-  backward_of<Activation::kNone>(p);
+  dispatch_floating(p.dtype, [&](auto scalar) {
+    using scalar_t = decltype(scalar);
+    const bool rows = p.rows || p.S == 1;
+    if (p.activation == Activation::kNone)
+      return rows ? backward_rows<false, scalar_t>(p) : backward_planes<false, scalar_t>(p);
+    rows ? backward_rows<true, scalar_t>(p) : backward_planes<true, scalar_t>(p);
+  });
 }
 
 }  // namespace PVK_ISA

@@ -16,15 +16,14 @@ constexpr int64_t kTermsOfSum = 32;  // of a thread, before they go to its total
 constexpr int64_t kMostBlocks = 65535;
 
 // Count, mean and sum of squared differences.
-template <typename T>
 struct Merged {
-  T count = 0, mean = 0, square = 0;
+  double count = 0, mean = 0, square = 0;
 
-  PVK_DEVICE void add(T n, T other_mean, T other_square) {
-    if (n == T(0)) return;
-    const T total = count + n, delta = other_mean - mean;
-    square += other_square + (count == T(0) ? T(0) : delta * delta * (count * (n / total)));
-    mean += count == T(0) ? other_mean - mean : delta * (n / total);
+  PVK_DEVICE void add(double n, double other_mean, double other_square) {
+    if (n == 0) return;
+    const double total = count + n, delta = other_mean - mean;
+    square += other_square + (count == 0 ? 0 : delta * delta * (count * (n / total)));
+    mean += count == 0 ? other_mean - mean : delta * (n / total);
     count = total;
   }
 };
@@ -40,73 +39,72 @@ PVK_DEVICE int64_t part_begin(const Params& p, int64_t part, int64_t parts) {
   return p.N * p.S * part / parts;
 }
 
-// Planes: a block owns a part of a channel: its mean, by the differences to its first value, and then the squares.
+// Planes: a block owns a part of a channel: its mean, by the differences to its first value, and then the squares. In
+// double: a mean may be far below the deviations, and is to be exact beside itself.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kBlockThreads, 2)
     batch_norm_moments_of_planes_kernel(const __grid_constant__ BatchNormParams p) {
-  using T = opmath_t<scalar_t>;
   const int64_t c = blockIdx.x, part = blockIdx.y, parts = gridDim.y;
   const int64_t begin = part_begin(p, part, parts), end = part_begin(p, part + 1, parts);
   const scalar_t* const x = static_cast<const scalar_t*>(p.input);
-  const T start = to_opmath(__ldg(x + offset_of(p, c, begin))), share = T(1) / T(end - begin);
-  T mean[1] = {};
+  const double start = double(to_opmath(__ldg(x + offset_of(p, c, begin)))), share = 1.0 / double(end - begin);
+  double mean[1] = {};
   for (int64_t i = begin + threadIdx.x; i < end; i += kBlockThreads)
-    mean[0] += (to_opmath(__ldg(x + offset_of(p, c, i))) - start) * share;
+    mean[0] += (double(to_opmath(__ldg(x + offset_of(p, c, i)))) - start) * share;
   sum_of_group<kBlockThreads>(mean);
-  const T center = start + mean[0];
-  T sums[2] = {};
+  const double center = start + mean[0];
+  double sums[2] = {};
   for (int64_t i = begin + threadIdx.x; i < end; i += kBlockThreads) {
-    const T difference = to_opmath(__ldg(x + offset_of(p, c, i))) - center;
+    const double difference = double(to_opmath(__ldg(x + offset_of(p, c, i)))) - center;
     sums[0] += difference;
     sums[1] += difference * difference;
   }
   sum_of_group<kBlockThreads>(sums);
   if (threadIdx.x != 0) return;
-  const T missed = sums[0] * share, squares = sums[1] - sums[0] * missed;
-  T* const partials = static_cast<T*>(p.partials);
-  partials[part * 2 * p.C + c] = (center - start) + missed;  // beside the part's first value
-  partials[(part * 2 + 1) * p.C + c] = squares < T(0) ? T(0) : squares;
+  const double missed = sums[0] * share, squares = sums[1] - sums[0] * missed;
+  double* const partials = static_cast<double*>(p.partials);
+  partials[part * 2 * p.C + c] = center + missed;
+  partials[(part * 2 + 1) * p.C + c] = squares < 0 ? 0 : squares;
 }
 
 // Rows: a block owns kColumns channels of a part of the pixels, a warp every kRowsAtOnce-th of them.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kBlockThreads, 2)
     batch_norm_moments_of_rows_kernel(const __grid_constant__ BatchNormParams p) {
-  using T = opmath_t<scalar_t>;
-  SIMT_SHARED(T[2][kRowsAtOnce][kColumns], shared);
+  SIMT_SHARED(double[2][kRowsAtOnce][kColumns], shared);
   const int column = threadIdx.x % kColumns, lead = threadIdx.x / kColumns;
   const int64_t part = blockIdx.y, parts = gridDim.y, c = int64_t(blockIdx.x) * kColumns + column;
   const int64_t begin = part_begin(p, part, parts) + lead, end = part_begin(p, part + 1, parts);
   const scalar_t* const x = static_cast<const scalar_t*>(p.input);
   const int64_t count = begin < end ? (end - begin + kRowsAtOnce - 1) / kRowsAtOnce : 0;
-  T mean = 0, square = 0;
+  double mean = 0, square = 0;
   if (c < p.C && count > 0) {
-    const T start = to_opmath(__ldg(x + begin * p.C + c)), share = T(1) / T(count);
-    const T base = to_opmath(__ldg(x + (begin - lead) * p.C + c));  // means are beside the part's first value
-    T sum = 0;
-    for (int64_t i = begin; i < end; i += kRowsAtOnce) sum += (to_opmath(__ldg(x + i * p.C + c)) - start) * share;
-    const T center = start + sum;
+    const double start = double(to_opmath(__ldg(x + begin * p.C + c))), share = 1.0 / double(count);
+    double sum = 0;
+    for (int64_t i = begin; i < end; i += kRowsAtOnce)
+      sum += (double(to_opmath(__ldg(x + i * p.C + c))) - start) * share;
+    const double center = start + sum;
     sum = 0;
     for (int64_t i = begin; i < end; i += kRowsAtOnce) {
-      const T difference = to_opmath(__ldg(x + i * p.C + c)) - center;
+      const double difference = double(to_opmath(__ldg(x + i * p.C + c))) - center;
       sum += difference;
       square += difference * difference;
     }
     square -= sum * (sum * share);
-    square = square < T(0) ? T(0) : square;
-    mean = (center - base) + sum * share;
+    square = square < 0 ? 0 : square;
+    mean = center + sum * share;
   }
   shared[0][lead][column] = mean;
   shared[1][lead][column] = square;
   __syncthreads();
   if (lead != 0 || c >= p.C) return;
-  Merged<T> all;
+  Merged all;
   for (int row = 0; row < kRowsAtOnce; ++row) {
     const int64_t first = begin + row;
     const int64_t values = first < end ? (end - first + kRowsAtOnce - 1) / kRowsAtOnce : 0;
-    all.add(T(values), shared[0][row][column], shared[1][row][column]);
+    all.add(double(values), shared[0][row][column], shared[1][row][column]);
   }
-  T* const partials = static_cast<T*>(p.partials);
+  double* const partials = static_cast<double*>(p.partials);
   partials[part * 2 * p.C + c] = all.mean;
   partials[(part * 2 + 1) * p.C + c] = all.square;
 }
@@ -128,14 +126,11 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     stats[2 * p.C + c] = variance[0];
     return;
   }
-  const T* const partials = static_cast<const T*>(p.partials);
-  Merged<double> all;
+  const double* const partials = static_cast<const double*>(p.partials);
+  Merged all;
   for (int part = 0; part < parts; ++part) {
     const double count = double(part_begin(p, part + 1, parts) - part_begin(p, part, parts));
-    const T base =
-        to_opmath(__ldg(static_cast<const scalar_t*>(p.input) + offset_of(p, c, part_begin(p, part, parts))));
-    all.add(count, double(base) + double(__ldg(partials + int64_t(part) * 2 * p.C + c)),
-            double(__ldg(partials + (int64_t(part) * 2 + 1) * p.C + c)));
+    all.add(count, __ldg(partials + int64_t(part) * 2 * p.C + c), __ldg(partials + (int64_t(part) * 2 + 1) * p.C + c));
   }
   stats[c] = T(all.mean);
   stats[p.C + c] = T(rsqrt_of(all.square / all.count + p.eps));
@@ -380,6 +375,10 @@ void backward(const BatchNormBackwardParams& p, Stream stream) {
     }
     launch(batch_norm_backward_input_kernel<scalar_t, 1>, over_elements(count, 1, stream), p);
   });
+}
+
+int64_t partials_of(int64_t values, int64_t channels) {
+  return parts_of(values, channels) * 2 * channels;
 }
 
 }  // namespace pvk::batch_norm

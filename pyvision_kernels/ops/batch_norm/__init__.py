@@ -6,22 +6,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pyvision_kernels import _activation
 from pyvision_kernels._backend import CHOICE
 from pyvision_kernels._check import require
 from pyvision_kernels._norm import (
+    HALF,
     check_input,
     check_residual,
     check_vectors,
     dense,
-    fits,
     one_by_one,
     opmath,
     require_all_tensors,
 )
 from pyvision_kernels._op import Op, declare
-from pyvision_kernels.ops.batch_norm import reference
 
 _OP = "batch_norm"
 _BY_KERNEL = (0, 1, 2)  # none, relu, relu6: activations whose gradient the kernel takes
@@ -170,9 +170,28 @@ batch_norm_op: Op = declare(
 )
 
 
-def torch_is_faster(device: str) -> bool:
-    """Nowhere on the CPU, by what was measured."""
-    return device == "cuda"  # ours has not been timed there
+# Elements from which on ours were measured faster than PyTorch's: below, the call takes longer than the kernel.
+_LEAST, _LEAST_WITH_GRADIENT, _LEAST_OF_PLANES = 2**18, 2**19, 2**15
+
+
+def is_for_torch(input: Tensor, weight: Tensor | None, training: bool) -> bool:
+    """Whether PyTorch's kernels run: `pvk.backend` says so, or with "auto" where they were measured faster.
+
+    In training PyTorch's are scalar for contiguous maps, but for 16-bit types.
+    """
+    if CHOICE.backend != "auto":
+        return CHOICE.backend == "torch"
+    if input.is_cuda:  # ours are not yet measured there; they are deterministic
+        return not torch.are_deterministic_algorithms_enabled()
+    if torch.compiler.is_compiling():  # no guard on sizes
+        return False
+    count = input.numel()
+    if count >= _LEAST_WITH_GRADIENT:
+        return False
+    if training and count >= _LEAST_OF_PLANES and input.dtype not in HALF and input.dim() > 2 and input.is_contiguous():
+        return False
+    trains = input.requires_grad or (weight is not None and weight.requires_grad)
+    return count < (_LEAST_WITH_GRADIENT if trains and torch.is_grad_enabled() else _LEAST)
 
 
 def run(
@@ -188,69 +207,72 @@ def run(
     activation: str | None,
 ) -> Tensor:
     """batch_norm of arguments whose types are right, by the kernel that the rule picks."""
-    if input.numel() == 0:  # PyTorch's: its result is empty too, and no statistics are updated
-        return reference.batch_norm(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            residual=residual,
-            activation=activation,
+    arguments = input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation
+    if torch.compiler.is_compiling():
+        _check(input, residual, weight, bias, running_mean, running_var, training)
+        return _run(*arguments)
+    try:
+        return _run(*arguments)
+    except (RuntimeError, TypeError, NotImplementedError, IndexError):
+        _check(input, residual, weight, bias, running_mean, running_var, training)
+        raise
+
+
+def _run(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    count = input.numel()
+    if eps <= 0 and (training or eps < 0):
+        least = "positive when training" if training else "non-negative"
+        raise ValueError(f"{_OP}: expected eps to be {least}, but got {eps}")
+    if training and count > 0 and count == input.shape[1]:
+        raise ValueError(
+            f"{_OP}: expected input to have more than 1 value per channel when training, but got input size "
+            f"{list(input.shape)}"
         )
-    size = input.shape[1:2]
-    if not (
-        len(size) == 1
-        and fits(input, size, weight)
-        and fits(input, size, bias)
-        and (training or running_mean is not None)
-        and (running_mean is None) == (running_var is None)
-        and fits(input, size, running_mean)
-        and fits(input, size, running_var)
-        and (residual is None or fits(input, input.shape, residual))
+    if running_mean is None or running_var is None:
+        if running_mean is not running_var:
+            raise ValueError(f"{_OP}: expected running_mean and running_var to both be None or Tensors, but got one")
+        if not training:
+            _check(input, residual, weight, bias, running_mean, running_var, training)
+    elif (
+        running_mean.dim() != 1
+        or running_var.dim() != 1
+        or running_mean.dtype is not running_var.dtype
+        or running_mean.dtype is not input.dtype
     ):
-        _check(input, residual, weight, bias, running_mean, running_var, training)  # mixed dtypes, or an error
-    if training:
-        if input.numel() == input.shape[1]:
-            raise ValueError(
-                f"{_OP}: expected input to have more than 1 value per channel when training, but got input size "
-                f"{list(input.shape)}"
-            )
-        if eps <= 0:
-            raise ValueError(f"{_OP}: expected eps to be positive when training, but got {eps}")
-    elif eps < 0:
-        raise ValueError(f"{_OP}: expected eps to be non-negative, but got {eps}")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError(f"{_OP}: expected running_mean and running_var to both be None or Tensors, but got one")
-    mode = CHOICE.backend
-    if mode == "torch" or (mode == "auto" and torch_is_faster(input.device.type)):
-        return reference.batch_norm(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            residual=residual,
-            activation=activation,
-        )
-    input = _laid_out(input)
+        _check(input, residual, weight, bias, running_mean, running_var, training)
+    # Of an empty map PyTorch's result is empty too, and no statistics are updated.
+    if count == 0 or is_for_torch(input, weight, training):
+        if residual is not None:  # else PyTorch checks
+            _check(input, residual, weight, bias, running_mean, running_var, training)
+        out = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        if residual is not None:
+            out = out + residual
+        return out if activation is None else _activation.FUNCTIONS[activation](out)
+    if not input.is_contiguous():
+        input = _laid_out(input)
     if residual is not None:
         residual = _as(input, residual)
     number = _activation.NUMBERS[activation]
-    kept = (None, None) if training else (dense(running_mean), dense(running_var))
-    output, stats = batch_norm_op(input, residual, dense(weight), dense(bias), *kept, training, eps, number)
-    if training and running_mean is not None and running_var is not None:
-        if running_mean.dtype != stats.dtype:
-            stats = stats.to(running_mean.dtype)
+    if not training:
+        kept = dense(running_mean), dense(running_var)
+        return batch_norm_op(input, residual, dense(weight), dense(bias), *kept, False, eps, number)[0]
+    output, stats = batch_norm_op(input, residual, dense(weight), dense(bias), None, None, True, eps, number)
+    if running_mean is not None and running_var is not None:
+        mean, _, var = stats.to(running_mean.dtype).unbind()
         with torch.no_grad():
-            running_mean.lerp_(stats[0], momentum)
-            running_var.lerp_(stats[2], momentum)
+            running_mean.lerp_(mean, momentum)
+            running_var.lerp_(var, momentum)
     return output
 
 
