@@ -100,6 +100,12 @@ OPCODES = {
         ("layer_norm_forward_kernel<__nv_bfloat16, 8", r"LDG\.E\.128", "16-byte loads of rows"),
         ("layer_norm_backward_input_kernel<float, 4", r"STG\.E\.128", "16-byte stores of the gradient"),
     ],
+    "softmax_cross_entropy": [
+        ("softmax_cross_entropy_rows_kernel<float, 4, 32", r"LDG\.E\.128", "16-byte loads of rows"),
+        ("softmax_cross_entropy_planes_kernel<__nv_bfloat16, 8", r"LDG\.E\.128", "16-byte loads of planes"),
+        ("softmax_cross_entropy_backward_rows_kernel<float, 4, 32", r"STG\.E\.128", "16-byte stores of rows"),
+        ("softmax_cross_entropy_backward_planes_kernel<float, 4", r"STG\.E\.128", "16-byte stores of planes"),
+    ],
     "nms": [
         ("nms_resolve_kernel", r"REDUX\.OR", "mask words are merged by the warp's own reduction"),
         ("nms_compare_kernel<float>", r"LDS\.128", "a box is one shared-memory read"),
@@ -111,6 +117,7 @@ FORBIDDEN = {
     "avg_pool2d": [("avg_pool2d_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
     "max_pool2d": [("max_pool2d_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
     "ps_roi_align": [("ps_roi_align_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
+    "softmax_cross_entropy": [("softmax_cross_entropy_", r"\b(ATOMG?|RED)\.", "sums are added in order: no atomics")],
     "nms": [("nms_soft_", r"\b(ATOMG?|RED)\.", "scores are decayed in one order: no atomics, deterministic")],
     "batch_norm": [("batch_norm_", r"\b(ATOMG?|RED)\.", "parts of a channel are merged in order")],
     "group_norm": [("group_norm_", r"\b(ATOMG?|RED)\.", "parts of a group are merged in order")],

@@ -14,21 +14,21 @@
 
 namespace pvk::PVK_ISA {
 
-// Each lane plus the one whose number differs in the bit. The order is a constant by construction: one that a loop
-// fills, the compiler builds lane by lane.
+// In each lane the one whose number differs in the bit. The order is a constant by construction: one that a loop fills,
+// the compiler builds lane by lane.
 template <typename T, int Bit, int... kLane>
-PVK_INLINE Vec<T> add_lanes_apart(Vec<T> value, std::integer_sequence<int, kLane...>) {
+PVK_INLINE Vec<T> lanes_apart(Vec<T> value, std::integer_sequence<int, kLane...>) {
   const Mask<T> order{(kLane ^ Bit)...};
-  return value + __builtin_shuffle(value, order);
+  return __builtin_shuffle(value, order);
 }
 
 // The sum over the lanes, as a tree.
 template <typename T, int Bit = kLanes<T> / 2>
 PVK_INLINE T sum_of_lanes(Vec<T> value) {
-  if constexpr (Bit == 0) {
-    return value[0];
-  } else {
-    return sum_of_lanes<T, Bit / 2>(add_lanes_apart<T, Bit>(value, std::make_integer_sequence<int, kLanes<T>>{}));
+  if constexpr (Bit == 0) return value[0];
+  if constexpr (Bit > 0) {
+    value += lanes_apart<T, Bit>(value, std::make_integer_sequence<int, kLanes<T>>{});
+    return sum_of_lanes<T, Bit / 2>(value);
   }
 }
 

@@ -17,6 +17,7 @@ TABLE = {
     "torch.nn.modules.conv.Conv2d": "pyvision_kernels.nn.Conv2d",
     "torch.nn.modules.instancenorm.InstanceNorm2d": "pyvision_kernels.nn.InstanceNorm2d",
     "torch.nn.modules.linear.Linear": "pyvision_kernels.nn.Linear",
+    "torch.nn.modules.loss.CrossEntropyLoss": "pyvision_kernels.nn.CrossEntropyLoss",
     "torch.nn.modules.normalization.GroupNorm": "pyvision_kernels.nn.GroupNorm",
     "torch.nn.modules.normalization.LayerNorm": "pyvision_kernels.nn.LayerNorm",
     "torch.nn.modules.pooling.AdaptiveAvgPool2d": "pyvision_kernels.nn.AdaptiveAvgPool2d",

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyvision_kernels.nn.avg_pool2d import AdaptiveAvgPool2d, AvgPool1d, AvgPool2d
 from pyvision_kernels.nn.conv import Conv1d, Conv2d
+from pyvision_kernels.nn.cross_entropy_loss import CrossEntropyLoss
 from pyvision_kernels.nn.group_norm import GroupNorm, InstanceNorm2d
 from pyvision_kernels.nn.linear import Linear
 from pyvision_kernels.nn.max_pool2d import AdaptiveMaxPool2d, MaxPool1d, MaxPool2d, MaxUnpool2d
@@ -24,6 +25,7 @@ __all__ = [
     "BatchNorm2d",
     "Conv1d",
     "Conv2d",
+    "CrossEntropyLoss",
     "GroupNorm",
     "InstanceNorm2d",
     "LayerNorm",

@@ -18,6 +18,7 @@ from pyvision_kernels.ops.ps_roi_align import ps_roi_align, ps_roi_pool
 from pyvision_kernels.ops.roi_align import multiscale_roi_align, roi_align
 from pyvision_kernels.ops.roi_pool import roi_pool
 from pyvision_kernels.ops.sigmoid_focal_loss import sigmoid_focal_loss
+from pyvision_kernels.ops.softmax_cross_entropy import softmax_cross_entropy
 
 __all__ = [
     "adaptive_avg_pool2d",
@@ -52,4 +53,5 @@ __all__ = [
     "roi_pool",
     "sigmoid_focal_loss",
     "soft_nms",
+    "softmax_cross_entropy",
 ]
