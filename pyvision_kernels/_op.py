@@ -167,6 +167,7 @@ def _function(
     op: Op, setup: Callable[..., None], gradient: Callable[..., Any], batch: Callable[..., Any] | None
 ) -> type[torch.autograd.Function]:
     """The op for functorch: what `register_autograd` makes does not compose with torch.func.grad."""
+
     class Function(torch.autograd.Function):
         # A Function sees no tensor in a list: it gets the elements, and the lengths of the lists.
         @staticmethod
@@ -198,9 +199,7 @@ def _function(
     return Function
 
 
-def _eager_function(
-    op: Op, setup: Callable[..., None], gradient: Callable[..., Any]
-) -> type[torch.autograd.Function]:
+def _eager_function(op: Op, setup: Callable[..., None], gradient: Callable[..., Any]) -> type[torch.autograd.Function]:
     """The op for plain tensors: apply() of a Function with a `setup_context` inspects a signature at every call."""
 
     class Function(torch.autograd.Function):

@@ -126,7 +126,9 @@ def test_values_whose_squares_leave_the_range_of_floats(device):
     for scale in (1e25, 1e-25):
         x = scale * _normal(2, 3, 9, 9)
         var = torch.zeros(3, device=device)
-        ours = pvk.ops.batch_norm(x.float().to(device), torch.zeros_like(var), var, training=True, momentum=1.0, eps=1e-60)
+        ours = pvk.ops.batch_norm(
+            x.float().to(device), torch.zeros_like(var), var, training=True, momentum=1.0, eps=1e-60
+        )
         exact = F.batch_norm(x.float().double(), None, None, training=True, eps=1e-60)
         torch.testing.assert_close(ours.cpu().double(), exact, rtol=1e-5, atol=1e-6)
 
@@ -140,7 +142,9 @@ def test_a_guess_of_the_mean_that_is_far_off(device):
         runs = []
         for op, change in ((pvk.ops.batch_norm, x.to(device)), (F.batch_norm, x), (F.batch_norm, x.double())):
             mean, var = (torch.zeros(3, dtype=change.dtype, device=change.device) for _ in range(2))
-            runs.append([value.cpu().double() for value in (op(change, mean, var, training=True, momentum=1.0), mean, var)])
+            runs.append(
+                [value.cpu().double() for value in (op(change, mean, var, training=True, momentum=1.0), mean, var)]
+            )
         for ours, theirs, exact in zip(*runs, strict=True):
             error, peer_error = ((value - exact).abs().max() / exact.abs().max() for value in (ours, theirs))
             assert error <= 2 * peer_error + torch.finfo(torch.float32).eps
