@@ -131,31 +131,54 @@ def may_get_gradient(input: Tensor) -> bool:
 
 
 _FEW = 8  # channels: with fewer ours run along rows in channels_last too
-_SMALL = 32768  # elements of a map that the call itself takes longer than
+_SMALL = 1 << 15  # elements of a map that the call itself takes longer than
+_MEDIUM, _LARGE = 1 << 17, 1 << 19  # the same beside PyTorch's vectorised kernels, without and with a gradient
 
 
-def is_for_torch(input: Tensor, of_maxima: bool, one_pixel: bool = False, dilated: bool = False) -> bool:
+def _is_for_torch_anyway(input: Tensor) -> bool:
+    """By `pvk.backend`, and on CUDA, where ours are not yet measured; they are deterministic."""
+    if CHOICE.backend != "auto":
+        return CHOICE.backend == "torch"
+    return input.is_cuda and not torch.are_deterministic_algorithms_enabled()
+
+
+def is_unpooled_by_torch(input: Tensor) -> bool:
+    """`is_for_torch` of max_unpool2d: on the CPU PyTorch's was measured faster on small maps, and with a gradient."""
+    if CHOICE.backend != "auto" or input.is_cuda:
+        return _is_for_torch_anyway(input)
+    return may_get_gradient(input) or (not torch.compiler.is_compiling() and input.numel() < _LARGE)
+
+
+def is_for_torch(
+    input: Tensor, of_maxima: bool, one_pixel: bool = False, dilated: bool = False, adaptive: bool = False
+) -> bool:
     """Whether PyTorch's kernels run: `pvk.backend` says so, or with "auto" where they were measured faster.
 
-    On the CPU PyTorch's are scalar in the contiguous layout and vectorised in channels_last, where ours are ahead in
-    the forward of maxima alone; and over a whole map.
+    On the CPU PyTorch's are scalar in the contiguous layout and vectorised in channels_last, where they are ahead on
+    small maps, in averages of 16-bit types without a gradient and in the gradient of adaptive maxima; they are too
+    where one window is the whole map.
 
     Args:
         of_maxima: Not of averages.
         one_pixel: Whether one window is the whole map.
         dilated: Then windows may have no pixel, for which PyTorch's gradient is written outside of the map: ours.
+        adaptive: Whether windows are what an output size makes them.
     """
-    if CHOICE.backend != "auto" or dilated:
+    if dilated:
         return CHOICE.backend == "torch"
-    if input.is_cuda:  # ours are not yet measured there; they are deterministic
-        return not torch.are_deterministic_algorithms_enabled()
+    if CHOICE.backend != "auto" or input.is_cuda:
+        return _is_for_torch_anyway(input)
     if one_pixel:
         return True
     trains = may_get_gradient(input)
-    small = not torch.compiler.is_compiling() and input.numel() < _SMALL  # no guard on sizes
-    if input.dim() == 4 and is_channels_last(input) and input.shape[1] >= _FEW:
-        return trains or small or not of_maxima
-    return trains and small
+    channels_last = input.dim() == 4 and is_channels_last(input) and input.shape[1] >= _FEW
+    if torch.compiler.is_compiling():  # no guard on sizes
+        return channels_last and (trains or not of_maxima)
+    if not channels_last:
+        return trains and input.numel() < _SMALL
+    if of_maxima:
+        return (adaptive or input.numel() < _LARGE) if trains else input.numel() < _MEDIUM
+    return input.numel() < _LARGE or (not trains and input.element_size() == 2)
 
 
 def fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:

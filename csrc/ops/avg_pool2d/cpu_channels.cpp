@@ -4,6 +4,7 @@
 // the windows that it is in, each divided as its window was.
 #include "core/dispatch.h"
 #include "core/parallel.h"
+#include "core/stream.h"
 #include "ops/avg_pool2d/cpu_kernels.h"
 
 namespace pvk::avg_pool2d::PVK_ISA {
@@ -15,14 +16,17 @@ template <int kVectors, typename scalar_t, typename T>
 PVK_INLINE void average_pixel(const AvgPool2dParams& p, const scalar_t* map, const PoolRange& rows,
                               const PoolRange& columns, T divisor, scalar_t* output, int64_t in_last) {
   constexpr int64_t kLane = kLanes<T>;
+  const int64_t ahead = 2 * p.columns.stride * p.map_stride[3];  // what the window after the next reads
   Vec<T> total[kVectors] = {};
   for (int64_t y = rows.begin; y < rows.end; ++y) {
     const scalar_t* from = map + y * p.map_stride[2] + columns.begin * p.map_stride[3];
     Vec<T> row[kVectors] = {};
     for (int64_t x = columns.begin; x < columns.end; ++x, from += p.map_stride[3]) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v)
+      for (int v = 0; v < kVectors; ++v) {
+        __builtin_prefetch(from + v * kLane + ahead);
         row[v] += v + 1 == kVectors ? load_some(from + v * kLane, in_last) : load(from + v * kLane);
+      }
     }
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) total[v] += row[v];
@@ -68,7 +72,33 @@ void pool(const AvgPool2dParams& p) {
       });
 }
 
-template <typename scalar_t>
+// kVectors registers of channels of one pixel of the map, the last with `in_last`. Past the caches where the gradient
+// is larger than they are.
+template <int kVectors, bool kPast, typename scalar_t, typename T>
+PVK_INLINE void gather_pixel(const AvgPool2dParams& p, const scalar_t* grad, const PoolRange& rows,
+                             const PoolRange& columns, const T* row_factors, const T* column_factors, scalar_t* target,
+                             int64_t in_last) {
+  constexpr int64_t kLane = kLanes<T>;
+  Vec<T> sum[kVectors] = {};
+  for (int64_t oh = rows.begin; oh < rows.end; ++oh)
+    for (int64_t ow = columns.begin; ow < columns.end; ++ow) {
+      const scalar_t* const from = grad + oh * p.pooled_stride[2] + ow * p.pooled_stride[3];
+      const Vec<T> factor = splat(row_factors[oh] * column_factors[ow]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v)
+        sum[v] = fma(v + 1 == kVectors ? load_some(from + v * kLane, in_last) : load(from + v * kLane), factor, sum[v]);
+    }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    if constexpr (kPast) {
+      stream(target + v * kLane, sum[v]);
+    } else {
+      store_some(target + v * kLane, sum[v], v + 1 == kVectors ? in_last : kLane);
+    }
+  }
+}
+
+template <bool kPast, typename scalar_t>
 void gather(const AvgPool2dParams& p) {
   using T = opmath_t<scalar_t>;
   constexpr int64_t kLane = kLanes<T>;
@@ -86,16 +116,17 @@ void gather(const AvgPool2dParams& p) {
       for (int64_t x = 0; x < W; ++x) {
         scalar_t* const target =
             static_cast<scalar_t*>(p.map) + n * p.map_stride[0] + y * p.map_stride[2] + x * p.map_stride[3];
-        for (int64_t c = 0; c < p.C; c += kLane) {
-          Vec<T> sum{};
-          for (int64_t oh = rows.begin; oh < rows.end; ++oh)
-            for (int64_t ow = columns[x].begin; ow < columns[x].end; ++ow)
-              sum = fma(load_some(grad + oh * p.pooled_stride[2] + ow * p.pooled_stride[3] + c, p.C - c),
-                        splat(row_factors[oh] * column_factors[ow]), sum);
-          store_some(target + c, sum, p.C - c);
-        }
+        const auto pixel = [&]<int kVectors>(int64_t c) __attribute__((always_inline)) {
+          gather_pixel<kVectors, kPast, scalar_t, T>(p, grad + c, rows, columns[x], row_factors.data(),
+                                                     column_factors.data(), target + c,
+                                                     p.C - c - (kVectors - 1) * kLane);
+        };
+        int64_t c = 0;
+        for (; p.C - c > 3 * kLane; c += 4 * kLane) pixel.template operator()<4>(c);
+        for (; c < p.C; c += kLane) pixel.template operator()<1>(c);
       }
     }
+    if constexpr (kPast) end_of_streams();
   });
 }
 
@@ -106,7 +137,12 @@ void forward_channels(const AvgPool2dParams& p) {
 }
 
 void backward_channels(const AvgPool2dParams& p) {
-  dispatch_floating(p.dtype, [&](auto scalar) { gather<decltype(scalar)>(p); });
+  dispatch_floating(p.dtype, [&](auto scalar) {
+    using scalar_t = decltype(scalar);
+    const int64_t bytes = p.N * p.C * p.rows.size * p.columns.size * int64_t(sizeof(scalar_t));
+    if (streams(static_cast<scalar_t*>(p.map), p.C, bytes)) return gather<true, scalar_t>(p);
+    gather<false, scalar_t>(p);
+  });
 }
 
 }  // namespace pvk::avg_pool2d::PVK_ISA

@@ -6,6 +6,7 @@
 #include "core/dispatch.h"
 #include "core/parallel.h"
 #include "core/pool_rows.h"
+#include "core/stream.h"
 #include "ops/max_pool2d/cpu_kernels.h"
 
 namespace pvk::max_pool2d::PVK_ISA {
@@ -28,7 +29,8 @@ PVK_INLINE Mask<double> load_places(const int32_t* source, int64_t count, double
   return places;
 }
 
-// kVectors registers of channels of one output pixel; `count` channels of the last are there.
+// kVectors registers of channels of one output pixel; `count` channels of the last are there. What the window after the
+// next reads is asked for: strides from pixel to pixel are more than the hardware follows.
 template <int kVectors, bool kPlaces, typename scalar_t>
 PVK_INLINE void pool_pixel(const MaxPool2dParams& p, const scalar_t* map, const PoolRange& rows,
                            const PoolRange& columns, scalar_t* output, int32_t* places, int64_t count) {
@@ -36,7 +38,7 @@ PVK_INLINE void pool_pixel(const MaxPool2dParams& p, const scalar_t* map, const 
   using P = place_t<T>;
   constexpr int64_t kLane = kLanes<T>;
   const int64_t W = p.columns.size, step = p.columns.dilation * p.map_stride[3];
-  const int64_t in_last = count - (kVectors - 1) * kLane;
+  const int64_t in_last = count - (kVectors - 1) * kLane, ahead = 2 * p.columns.stride * p.map_stride[3];
   const bool none = rows.begin >= rows.end || columns.begin >= columns.end;
   Vec<T> best[kVectors];
   Mask<T> place[kVectors];
@@ -52,6 +54,7 @@ PVK_INLINE void pool_pixel(const MaxPool2dParams& p, const scalar_t* map, const 
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         const Vec<T> value = v + 1 == kVectors ? load_some(from + v * kLane, in_last) : load(from + v * kLane);
+        __builtin_prefetch(from + v * kLane + ahead);
         take_larger<kPlaces>(best[v], place[v], value, here);
       }
       from += step;
@@ -95,7 +98,35 @@ void pool(const MaxPool2dParams& p) {
   });
 }
 
-template <typename scalar_t>
+// kVectors registers of channels of one pixel of the map; `in_last` channels of the last are there. Past the caches
+// where the gradient is larger than they are.
+template <int kVectors, bool kPast, typename scalar_t, typename T>
+PVK_INLINE void gather_pixel(const MaxPool2dParams& p, const scalar_t* grad, const int32_t* places,
+                             const PoolRange& rows, const PoolRange& columns, Mask<T> here, scalar_t* target,
+                             int64_t in_last) {
+  constexpr int64_t kLane = kLanes<T>;
+  Vec<T> sum[kVectors] = {};
+  for (int64_t oh = rows.begin; oh < rows.end; ++oh)
+    for (int64_t ow = columns.begin; ow < columns.end; ++ow) {
+      const int64_t at = oh * p.pooled_stride[2] + ow * p.pooled_stride[3];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t lanes = v + 1 == kVectors ? in_last : kLane, i = at + v * kLane;
+        const Mask<T> won = load_places(places + i, lanes, T()) == here;
+        sum[v] += (Vec<T>)((Mask<T>)load_some(grad + i, lanes) & won);
+      }
+    }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    if constexpr (kPast) {
+      stream(target + v * kLane, sum[v]);
+    } else {
+      store_some(target + v * kLane, sum[v], v + 1 == kVectors ? in_last : kLane);
+    }
+  }
+}
+
+template <bool kPast, typename scalar_t>
 void gather(const MaxPool2dParams& p) {
   using T = opmath_t<scalar_t>;
   constexpr int64_t kLane = kLanes<T>;
@@ -113,19 +144,15 @@ void gather(const MaxPool2dParams& p) {
         scalar_t* const target =
             static_cast<scalar_t*>(p.map) + n * p.map_stride[0] + y * p.map_stride[2] + x * p.map_stride[3];
         const Mask<T> here = Mask<T>{} + place_t<T>(y * W + x);
-        for (int64_t c = 0; c < p.C; c += kLane) {
-          const int64_t lanes = p.C - c;
-          Vec<T> sum{};
-          for (int64_t oh = rows.begin; oh < rows.end; ++oh)
-            for (int64_t ow = columns[x].begin; ow < columns[x].end; ++ow) {
-              const int64_t at = oh * p.pooled_stride[2] + ow * p.pooled_stride[3] + c;
-              const Mask<T> won = load_places(places + at, lanes, T()) == here;
-              sum += (Vec<T>)((Mask<T>)load_some(grad + at, lanes) & won);
-            }
-          store_some(target + c, sum, lanes);
-        }
+        int64_t c = 0;
+        for (; p.C - c > 3 * kLane; c += 4 * kLane)
+          gather_pixel<4, kPast, scalar_t, T>(p, grad + c, places + c, rows, columns[x], here, target + c,
+                                              p.C - c - 3 * kLane);
+        for (; c < p.C; c += kLane)
+          gather_pixel<1, kPast, scalar_t, T>(p, grad + c, places + c, rows, columns[x], here, target + c, p.C - c);
       }
     }
+    if constexpr (kPast) end_of_streams();
   });
 }
 
@@ -140,7 +167,12 @@ void forward_channels(const MaxPool2dParams& p) {
 }
 
 void backward_channels(const MaxPool2dParams& p) {
-  dispatch_floating(p.dtype, [&](auto scalar) { gather<decltype(scalar)>(p); });
+  dispatch_floating(p.dtype, [&](auto scalar) {
+    using scalar_t = decltype(scalar);
+    const int64_t bytes = p.N * p.C * p.rows.size * p.columns.size * int64_t(sizeof(scalar_t));
+    if (streams(static_cast<scalar_t*>(p.map), p.C, bytes)) return gather<true, scalar_t>(p);
+    gather<false, scalar_t>(p);
+  });
 }
 
 }  // namespace pvk::max_pool2d::PVK_ISA

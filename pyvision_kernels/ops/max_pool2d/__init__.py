@@ -253,7 +253,7 @@ def adaptive_max_pool2d(input: Tensor, output_size: Any, return_indices: bool = 
     op = "adaptive_max_pool2d"
     _pooling.check_input(op, input)
     size = _pooling.adaptive_size(op, output_size, input.shape[-2:])
-    if _pooling.is_for_torch(input, of_maxima=True, one_pixel=list(size) == [1, 1]):
+    if _pooling.is_for_torch(input, of_maxima=True, one_pixel=list(size) == [1, 1], adaptive=True):
         return _TORCH.adaptive_max_pool2d(input, size, return_indices)
     return _pool(op, input, [], size, return_indices)
 
@@ -318,7 +318,7 @@ def max_unpool2d(
         size = wanted
     require(min(size) > 0, op, "an output with at least one pixel", size)
     _pooling.check_pixels(op, *size)
-    if _pooling.is_for_torch(input, of_maxima=True):
+    if _pooling.is_unpooled_by_torch(input):
         return _TORCH.max_unpool2d(input, indices, kernel, step, around, size)
     if input.dim() == 3:
         return max_unpool2d_op(input.unsqueeze(0), indices.unsqueeze(0), *size).squeeze(0)
