@@ -9,6 +9,7 @@ from pyvision_kernels.nn.max_pool2d import AdaptiveMaxPool2d, MaxPool1d, MaxPool
 from pyvision_kernels.nn.ps_roi_align import PSRoIAlign, PSRoIPool
 from pyvision_kernels.nn.roi_align import RoIAlign
 from pyvision_kernels.nn.roi_pool import RoIPool
+from pyvision_kernels.nn.upsample import Upsample, UpsamplingBilinear2d, UpsamplingNearest2d
 
 if TYPE_CHECKING:
     from pyvision_kernels.nn.multiscale_roi_align import MultiScaleRoIAlign
@@ -29,6 +30,9 @@ __all__ = [
     "PSRoIPool",
     "RoIAlign",
     "RoIPool",
+    "Upsample",
+    "UpsamplingBilinear2d",
+    "UpsamplingNearest2d",
 ]
 
 

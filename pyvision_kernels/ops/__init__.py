@@ -8,6 +8,7 @@ from pyvision_kernels.ops.generalized_box_iou_loss import (
     distance_box_iou_loss,
     generalized_box_iou_loss,
 )
+from pyvision_kernels.ops.interpolate import interpolate
 from pyvision_kernels.ops.linear import linear
 from pyvision_kernels.ops.max_pool2d import adaptive_max_pool2d, max_pool1d, max_pool2d, max_unpool2d
 from pyvision_kernels.ops.nms import batched_nms, batched_nms_padded, nms, soft_nms
@@ -34,6 +35,7 @@ __all__ = [
     "distance_box_iou_loss",
     "generalized_box_iou",
     "generalized_box_iou_loss",
+    "interpolate",
     "linear",
     "max_pool1d",
     "max_pool2d",
