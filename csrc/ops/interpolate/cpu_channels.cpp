@@ -103,8 +103,7 @@ class ChannelResize {
     for (int64_t target = at.first_row; target < at.last_row; ++target) {
       const int64_t begin = rows_.begin[target], count = rows_.count(target);
       scalar_t* const result = at.to + target * p_.to_stride[2] + at.first * C;
-      for (int64_t k = 0; k < count; ++k)
-        taps[k] = at.from + rows_.index[begin + k] * p_.from_stride[2] + origin * C;
+      for (int64_t k = 0; k < count; ++k) taps[k] = at.from + rows_.index[begin + k] * p_.from_stride[2] + origin * C;
       if (columns_.unchanged) {
         add_rows(taps, &rows_.weight[begin], count, pixels * C, result);
         continue;

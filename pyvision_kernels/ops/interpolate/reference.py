@@ -101,7 +101,7 @@ def _cubic(x: float, a: float) -> float:
 
 def _resize(input: Tensor, axis: Axis, dim: int) -> Tensor:
     taps = max(len(pixels) for pixels, _ in axis)
-    result = 0
+    terms = []
     for k in range(taps):  # what an output has fewer of is not read: an infinity times zero is no number
         there = [k < len(pixels) for pixels, _ in axis]
         pixels = torch.tensor([pixels[k] if k < len(pixels) else 0 for pixels, _ in axis], device=input.device)
@@ -110,5 +110,5 @@ def _resize(input: Tensor, axis: Axis, dim: int) -> Tensor:
         value = input.index_select(dim, pixels) * weights.view(shape)
         if not all(there):
             value = torch.where(torch.tensor(there, device=input.device).view(shape), value, 0.0)
-        result = result + value
-    return result
+        terms.append(value)
+    return torch.stack(terms).sum(0)
