@@ -216,8 +216,15 @@ def test_operators_refuse_numbers_that_could_read_outside():
             torch.ops.pvk._interpolate_backward(output, [filter, filter], 4, 4, False, factor, factor, False)
 
 
-def test_auto_takes_ours_on_the_cpu():
+def test_auto_takes_ours_but_where_torchs_are_faster():
+    planes, few = torch.ones(1, 16, 32, 32), torch.ones(1, 3, 64, 64)
+    last = planes.contiguous(memory_format=torch.channels_last)
     with pvk.backend("auto"):
-        assert any("pvk" in line for line in pvk.explain(interpolate, torch.ones(1, 2, 4, 4), (8, 8)))
-    with pvk.backend("torch"):
+        for ours in (planes, few, few.contiguous(memory_format=torch.channels_last)):
+            assert pvk.explain(interpolate, ours, (64, 64))
+        assert pvk.explain(interpolate, last, (64, 64), mode="bicubic")
+        assert pvk.explain(interpolate, last, (64, 64), mode="bilinear", antialias=True)
+        assert not pvk.explain(interpolate, last, (64, 64), mode="bilinear")
         assert not pvk.explain(interpolate, torch.ones(1, 2, 4, 4), (8, 8))
+    with pvk.backend("torch"):
+        assert not pvk.explain(interpolate, planes, (64, 64))

@@ -107,17 +107,27 @@ PVK_INLINE void add_some_rows(const from_t* const* rows, const T* weights, int64
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) store(to + i + v * kLane, sum[v]);
   }
-  for (; i < count; i += kLane) {
-    Vec<T> sum = load_some(rows[0] + i, count - i) * splat(weights[0]);
-    for (int64_t k = 1; k < taps; ++k) sum = fma(load_some(rows[k] + i, count - i), splat(weights[k]), sum);
-    store_some(to + i, sum, count - i);
+  for (; i + kLane <= count; i += kLane) {
+    Vec<T> sum = load(rows[0] + i) * splat(weights[0]);
+    for (int64_t k = 1; k < taps; ++k) sum = fma(load(rows[k] + i), splat(weights[k]), sum);
+    store(to + i, sum);
+  }
+  if (i < count) {
+    Vec<T> sum = load_first(rows[0] + i, count - i) * splat(weights[0]);
+    for (int64_t k = 1; k < taps; ++k) sum = fma(load_first(rows[k] + i, count - i), splat(weights[k]), sum);
+    store_first(to + i, sum, count - i);
   }
 }
 
 template <typename from_t, typename to_t>
 PVK_INLINE void copy_row(const from_t* from, int64_t count, to_t* to) {
   using T = opmath_t<from_t>;
-  for (int64_t i = 0; i < count; i += kLanes<T>) store_some(to + i, load_some(from + i, count - i), count - i);
+  int64_t i = 0;
+  for (; i + 4 * kLanes<T> <= count; i += 4 * kLanes<T>) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) store(to + i + v * kLanes<T>, load(from + i + v * kLanes<T>));
+  }
+  for (; i < count; i += kLanes<T>) store_some(to + i, load_some(from + i, count - i), count - i);
 }
 template <>
 PVK_INLINE void copy_row(const BFloat16* from, int64_t count, BFloat16* to) {

@@ -66,8 +66,7 @@ class PlaneResize {
         taps[k] = resized;
         if (held[slot] == y) continue;
         held[slot] = y;
-        copy_row(from + y * p_.from_stride[2], width_, row);
-        filter_.run(row, resized);
+        filter_.run(readable(from, y, row), resized);
       }
       add_rows(taps, &rows_.weight[begin], count, to_width_, to + target * p_.to_stride[2]);
     }
@@ -88,9 +87,24 @@ class PlaneResize {
         add_rows(taps, &rows_.weight[begin], count, width_, result);
         continue;
       }
+      if (rows_.chooses && count == 1) {
+        filter_.run(readable(from, rows_.index[begin], row), result);
+        continue;
+      }
       add_rows(taps, &rows_.weight[begin], count, width_, row);
       filter_.run(row, result);
     }
+  }
+
+  // Row y of a plane as the filter reads it, with what lies beyond its end: as it is, or a copy.
+  PVK_INLINE const T* readable(const scalar_t* from, int64_t y, T* row) const {
+    const int64_t place = y * p_.from_stride[2];
+    if constexpr (sizeof(scalar_t) == sizeof(T)) {
+      const int64_t end = (rows_.sources - 1) * p_.from_stride[2] + width_;
+      if (p_.from_stride[2] >= 0 && place + width_ + RowFilter<T>::kSpare <= end) return from + place;
+    }
+    copy_row(from + place, width_, row);
+    return row;
   }
 
   // Whether a target row is the one before.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -133,11 +134,26 @@ def _sizes(
     return outputs, [0.0 if recompute_scale_factor else max(float(factor), 0.0) for factor in factors]
 
 
-def _is_for_torch(input: Tensor) -> bool:
-    """Whether PyTorch's kernels run: `pvk.backend` says so, or with "auto" where ours are not measured."""
+_FEW = 8  # channels: with fewer ours run along rows in channels_last too
+_CACHED = 16 << 20  # bytes of a result that stay in a cache
+_SMALL = 4096  # elements of a result that the call itself takes longer than
+
+
+def _is_for_torch(input: Tensor, filter: int, outputs: list[Any]) -> bool:
+    """Whether PyTorch's kernels run: `pvk.backend` says so, or with "auto" where they were measured faster.
+
+    On the CPU PyTorch's are vectorised for the nearest pixel and for linear interpolation in channels_last.
+    """
     if CHOICE.backend != "auto":
         return CHOICE.backend == "torch"
-    return input.is_cuda and not torch.are_deterministic_algorithms_enabled()
+    if input.is_cuda:  # ours are not yet measured there; they are deterministic
+        return not torch.are_deterministic_algorithms_enabled()
+    if filter not in (NEAREST, NEAREST_EXACT, LINEAR) or torch.compiler.is_compiling():  # no guard on sizes
+        return False
+    elements = input.shape[0] * input.shape[1] * math.prod(outputs)
+    if input.dim() == 4 and input.shape[1] >= _FEW and _pooling.is_channels_last(input):
+        return elements * input.element_size() < _CACHED
+    return elements < _SMALL
 
 
 def interpolate(
@@ -198,7 +214,7 @@ def interpolate(
             return adaptive_avg_pool2d(input, outputs)
         return adaptive_avg_pool2d(input.unsqueeze(-2), [1, *outputs]).squeeze(-2)
     filter = _filter_of(rank, mode, antialias)
-    if _is_for_torch(input):
+    if _is_for_torch(input, filter, outputs):
         return F.interpolate(input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
     if rank == 4:
         return interpolate_op(input, [filter, filter], *outputs, bool(align_corners), *factors)
