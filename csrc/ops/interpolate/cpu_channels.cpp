@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kBandElements = 1 << 16;  // of the result, of a task
 constexpr int64_t kAlong = 2;               // what a tap along a row costs, in taps across
-constexpr int64_t kTileBytes = 1 << 19;     // of the rows between the passes
+constexpr int64_t kTileBytes = 1 << 17;     // of the rows between the passes
 
 template <typename scalar_t>
 class ChannelResize {

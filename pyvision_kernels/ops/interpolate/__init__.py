@@ -101,6 +101,8 @@ def _filter_of(rank: int, mode: str, antialias: bool) -> int:
 
 
 def _per_axis(argument: str, value: Any, rank: int, one: type) -> list[Any]:
+    if type(value) is int or type(value) is one:
+        return [value] * (rank - 2)
     items = list(value) if isinstance(value, list | tuple) else [value] * (rank - 2)
     if len(items) != rank - 2:
         raise ValueError(f"interpolate: expected {argument} to have {rank - 2} numbers or to be one, but got {value}")
@@ -130,7 +132,8 @@ def _sizes(
             )
         return _per_axis("size", size, rank, int), [0.0] * (rank - 2)
     factors = _per_axis("scale_factor", scale_factor, rank, float)
-    outputs = [torch.sym_int(length * factor) for length, factor in zip(input.shape[2:], factors, strict=True)]
+    whole = int if type(input.shape[-1]) is int else torch.sym_int
+    outputs = [whole(length * factor) for length, factor in zip(input.shape[2:], factors, strict=True)]
     return outputs, [0.0 if recompute_scale_factor else max(float(factor), 0.0) for factor in factors]
 
 
@@ -206,9 +209,9 @@ def interpolate(
     _pooling.check_dtype(op, input)
     outputs, factors = _sizes(input, size, scale_factor, recompute_scale_factor)
     for length in (*input.shape[1:], *outputs):
-        require(
-            length > 0, op, "sizes to be greater than 0", f"an input of {list(input.shape)} and a result of {outputs}"
-        )
+        if length <= 0:
+            given = f"an input of {list(input.shape)} and a result of {outputs}"
+            require(False, op, "sizes to be greater than 0", given)
     if mode == "area" and not antialias:
         if rank == 4:
             return adaptive_avg_pool2d(input, outputs)
