@@ -62,6 +62,11 @@ OPCODES = {
         ("avg_pool2d_forward_kernel<float, 4", r"LDG\.E\.128", "16-byte loads of the map"),
         ("avg_pool2d_backward_kernel<__nv_bfloat16, 8", r"STG\.E\.128", "16-byte stores of the gradient"),
     ],
+    "interpolate": [
+        ("interpolate_kernel<float, 4, true, false", r"LDG\.E\.128", "16-byte loads of the map"),
+        ("interpolate_kernel<float, 4, false, false", r"STG\.E\.128", "16-byte stores of a row"),
+        ("interpolate_kernel<__nv_bfloat16, 8, true, true", r"STG\.E\.128", "16-byte stores of the gradient"),
+    ],
     "max_pool2d": [
         ("max_pool2d_forward_kernel<float, 4, true", r"LDG\.E\.128", "16-byte loads of the map"),
         ("max_pool2d_forward_kernel<__half, 8, true", r"STG\.E\.128", "16-byte stores of values and places"),
@@ -115,6 +120,7 @@ OPCODES = {
 # op -> (kernel, as a prefix; instruction; why it must not be there)
 FORBIDDEN = {
     "avg_pool2d": [("avg_pool2d_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
+    "interpolate": [("interpolate_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
     "max_pool2d": [("max_pool2d_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
     "ps_roi_align": [("ps_roi_align_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
     "softmax_cross_entropy": [("softmax_cross_entropy_", r"\b(ATOMG?|RED)\.", "sums are added in order: no atomics")],

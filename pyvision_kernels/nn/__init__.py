@@ -12,6 +12,7 @@ from pyvision_kernels.nn.norm import BatchNorm1d, BatchNorm2d, LayerNorm
 from pyvision_kernels.nn.ps_roi_align import PSRoIAlign, PSRoIPool
 from pyvision_kernels.nn.roi_align import RoIAlign
 from pyvision_kernels.nn.roi_pool import RoIPool
+from pyvision_kernels.nn.upsample import Upsample, UpsamplingBilinear2d, UpsamplingNearest2d
 
 if TYPE_CHECKING:
     from pyvision_kernels.nn.multiscale_roi_align import MultiScaleRoIAlign
@@ -38,6 +39,9 @@ __all__ = [
     "PSRoIPool",
     "RoIAlign",
     "RoIPool",
+    "Upsample",
+    "UpsamplingBilinear2d",
+    "UpsamplingNearest2d",
 ]
 
 

@@ -10,6 +10,7 @@ from pyvision_kernels.ops.generalized_box_iou_loss import (
     generalized_box_iou_loss,
 )
 from pyvision_kernels.ops.group_norm import group_norm
+from pyvision_kernels.ops.interpolate import interpolate
 from pyvision_kernels.ops.layer_norm import layer_norm
 from pyvision_kernels.ops.linear import linear
 from pyvision_kernels.ops.max_pool2d import adaptive_max_pool2d, max_pool1d, max_pool2d, max_unpool2d
@@ -40,6 +41,7 @@ __all__ = [
     "generalized_box_iou",
     "generalized_box_iou_loss",
     "group_norm",
+    "interpolate",
     "layer_norm",
     "linear",
     "max_pool1d",
