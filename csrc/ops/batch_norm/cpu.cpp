@@ -308,9 +308,8 @@ void forward_rows(const BatchNormParams& p) {
   const bool past = rows.width == rows.pitch && reinterpret_cast<uintptr_t>(p.output) % 64 == 0 &&
                     goes_past_caches(rows.elements() * int64_t(sizeof(scalar_t)));
   with_finish<scalar_t>(p, [&](const auto& finish) {
-    for_rows_backwards(rows, past, [&](int64_t offset, int64_t count) {
-      finish.row(offset, count, past, in_pairs.data(), rows.pitch);
-    });
+    for_rows(rows, p.training, past,
+             [&](int64_t offset, int64_t count) { finish.row(offset, count, past, in_pairs.data(), rows.pitch); });
   });
 }
 

@@ -192,7 +192,7 @@ void backward_rows(const BatchNormBackwardParams& p) {
                     goes_past_caches(rows.elements() * int64_t(sizeof(scalar_t)));
   const auto finish = [&](auto training) __attribute__((always_inline)) {
     constexpr bool kTraining = decltype(training)::value;
-    for_rows_backwards(rows, past, [&](int64_t offset, int64_t count) {
+    for_rows(rows, kTraining, past, [&](int64_t offset, int64_t count) {
       for_pairs<scalar_t>(count, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
         map.template write<kTraining>(offset + i, n, past && n == kPair<scalar_t>, of(center + i), of(from_sum + i),
                                       of(slope + i), of(scale + i));

@@ -149,14 +149,15 @@ void sums_of_rows(const Rows& rows, double* sums, const Add& add) {
         sums[which * rows.C + c] += totals[which * rows.pitch + place_in_pairs<scalar_t>(first + c)];
 }
 
-// Calls body(offset, elements) for rows, the last ones first, which the cache may still hold; `past`: it streams.
+// Calls body(offset, elements) for rows. Where a walk along all of them went before, the last ones come first, which
+// the cache may still hold; `past`: body streams.
 template <typename Body>
-void for_rows_backwards(const Rows& rows, bool past, const Body& body) {
+void for_rows(const Rows& rows, bool again, bool past, const Body& body) {
   const int64_t all = rows.count + (rows.rest > 0);
   const int64_t piece = max_of(kElementsOfRows / rows.width, int64_t(1)), pieces = ceil_div(all, piece);
   parallel_for(pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = (pieces - 1 - i) * piece, last = min_of(first + piece, all);
+      const int64_t first = (again ? pieces - 1 - i : i) * piece, last = min_of(first + piece, all);
       for (int64_t row = first; row < last; ++row) body(row * rows.width, row < rows.count ? rows.width : rows.rest);
     }
     if (past) end_of_streams();

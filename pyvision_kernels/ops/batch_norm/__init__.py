@@ -171,13 +171,14 @@ batch_norm_op: Op = declare(
 
 
 # Elements from which on ours were measured faster than PyTorch's: below, the call takes longer than the kernel.
-_LEAST, _LEAST_WITH_GRADIENT, _LEAST_OF_PLANES = 2**18, 2**19, 2**15
+_LEAST, _LEAST_WITH_GRADIENT, _LEAST_OF_SCALAR = 2**18, 2**19, 2**15
+_FEW_CHANNELS = 8
 
 
 def is_for_torch(input: Tensor, weight: Tensor | None, training: bool) -> bool:
     """Whether PyTorch's kernels run: `pvk.backend` says so, or with "auto" where they were measured faster.
 
-    In training PyTorch's are scalar for contiguous maps, but for 16-bit types.
+    PyTorch's are scalar for contiguous maps in training, but for 16-bit types, and for few channels in channels_last.
     """
     if CHOICE.backend != "auto":
         return CHOICE.backend == "torch"
@@ -188,8 +189,12 @@ def is_for_torch(input: Tensor, weight: Tensor | None, training: bool) -> bool:
     count = input.numel()
     if count >= _LEAST_WITH_GRADIENT:
         return False
-    if training and count >= _LEAST_OF_PLANES and input.dtype not in HALF and input.dim() > 2 and input.is_contiguous():
-        return False
+    if count >= _LEAST_OF_SCALAR and input.dim() > 2:
+        if input.is_contiguous():
+            if training and input.dtype not in HALF:
+                return False
+        elif input.shape[1] <= _FEW_CHANNELS:
+            return False
     trains = input.requires_grad or (weight is not None and weight.requires_grad)
     return count < (_LEAST_WITH_GRADIENT if trains and torch.is_grad_enabled() else _LEAST)
 
