@@ -67,9 +67,9 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   sum_of_group<kBlockThreads>(sums);
   if (threadIdx.x != 0) return;
   const double missed = sums[0] / double(end - begin), squares = sums[1] - sums[0] * missed;
-  T* const partials = static_cast<T*>(p.scratch) + part * 2 * p.N * p.G;
-  partials[group] = T(double(center - start) + missed);  // beside the part's first value
-  partials[p.N * p.G + group] = T(squares < 0 ? 0 : squares);
+  double* const partials = static_cast<double*>(p.scratch) + part * 2 * p.N * p.G;
+  partials[group] = double(center) + missed;
+  partials[p.N * p.G + group] = squares < 0 ? 0 : squares;
 }
 
 // A thread owns a group: its parts merged in order (Chan, Golub and LeVeque).
@@ -79,16 +79,14 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   using T = opmath_t<scalar_t>;
   const int64_t groups = p.N * p.G, group = int64_t(blockIdx.x) * kBlockThreads + threadIdx.x;
   if (group >= groups) return;
-  const T* const partials = static_cast<const T*>(p.scratch);
-  const scalar_t* const x = static_cast<const scalar_t*>(p.input);
+  const double* const partials = static_cast<const double*>(p.scratch);
   double count = 0, mean = 0, square = 0;
   for (int part = 0; part < parts; ++part) {
     const int64_t begin = part_begin<VEC>(p, part, parts);
     const double more = double(part_begin<VEC>(p, part + 1, parts) - begin), total = count + more;
-    const double other = double(to_opmath(__ldg(x + offset_of(p, group, begin)))) +
-                         double(__ldg(partials + int64_t(part) * 2 * groups + group));
+    const double other = __ldg(partials + int64_t(part) * 2 * groups + group);
     const double delta = other - mean;
-    square += double(__ldg(partials + (int64_t(part) * 2 + 1) * groups + group)) +
+    square += __ldg(partials + (int64_t(part) * 2 + 1) * groups + group) +
               (part == 0 ? 0 : delta * delta * (count * (more / total)));
     mean = part == 0 ? other : mean + delta * (more / total);
     count = total;
@@ -342,7 +340,7 @@ int parts_of_sample(const Params& p) {
 }  // namespace
 
 int64_t scratch_bytes(const GroupNormParams& p) {
-  return parts_of_group(p) * 2 * p.N * p.G * int64_t(p.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
+  return parts_of_group(p) * 2 * p.N * p.G * int64_t(sizeof(double));
 }
 
 int64_t scratch_bytes(const GroupNormBackwardParams& p) {
