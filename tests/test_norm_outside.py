@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import re
 import warnings
 from typing import Any
@@ -167,12 +168,7 @@ def test_samples_of_module_db(layer, dtype, training, device):
     assert count >= 1
 
 
-OPERATORS = {
-    "BatchNormalization": "batchnorm",
-    "GroupNormalization": "groupnormalization",
-    "InstanceNormalization": "instancenorm",
-    "LayerNormalization": "layernormalization",
-}
+OPERATORS = ("BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization")
 
 
 def _onnx_cases() -> dict[str, Any]:
@@ -182,12 +178,14 @@ def _onnx_cases() -> dict[str, Any]:
     """
     package = "onnx.backend.test.case.node"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for module in OPERATORS.values():
-                importlib.import_module(f"{package}.{module}")
+        folder = importlib.import_module(package).__path__
     except ImportError:
         return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for module in pkgutil.iter_modules(folder):
+            if "norm" in module.name:
+                importlib.import_module(f"{package}.{module.name}")
     made = importlib.import_module(package)._NodeTestCases
     # Each comes a second time with the operator expanded into others.
     return {case.name: case for case in made if case.model.graph.node[0].op_type in OPERATORS}

@@ -48,21 +48,14 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   sum_of_group<kBlockThreads>(mean);
   const T center = start + mean[0];
   double sums[2] = {};  // of differences to the center, and of their squares
-  constexpr int64_t kStep = kBlockThreads * VEC, kTerms = kStep * (16 / VEC);
-  for (int64_t first = begin + threadIdx.x * VEC; first < end; first += kTerms) {
-    const int64_t last = min_of(first + kTerms, end);
-    T sum = 0, square = 0;
-    for (int64_t i = first; i < last; i += kStep) {
-      const auto values = load_vec<VEC>(x + offset_of(p, group, i));
+  for (int64_t i = begin + threadIdx.x * VEC; i < end; i += kBlockThreads * VEC) {
+    const auto values = load_vec<VEC>(x + offset_of(p, group, i));
 #pragma unroll
-      for (int e = 0; e < VEC; ++e) {
-        const T difference = to_opmath(values.data[e]) - center;
-        sum += difference;
-        square += difference * difference;
-      }
+    for (int e = 0; e < VEC; ++e) {
+      const double difference = double(to_opmath(values.data[e])) - double(center);
+      sums[0] += difference;
+      sums[1] += difference * difference;
     }
-    sums[0] += double(sum);
-    sums[1] += double(square);
   }
   sum_of_group<kBlockThreads>(sums);
   if (threadIdx.x != 0) return;
