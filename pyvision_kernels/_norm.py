@@ -37,6 +37,12 @@ def is_small(input: Tensor, weight: Tensor | None, least: int, with_gradients: i
     return input.numel() < (with_gradients if trains else least)
 
 
+def is_uniform(input: Tensor, weight: Tensor | None, *others: Tensor | None) -> bool:
+    """Whether vectors have one dtype, as PyTorch's kernels want it; ours take float32 beside 16 bits, pair by pair."""
+    dtypes = {vector.dtype for vector in (weight, *others) if vector is not None}
+    return not dtypes or dtypes == {input.dtype} or (len(dtypes) == 1 and weight is not None)
+
+
 def require_all_tensors(op: str, **arguments: Tensor | None) -> None:
     for value in arguments.values():
         if not isinstance(value, Tensor) and value is not None:
@@ -107,6 +113,11 @@ def batched(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     if tensor is None:
         return None
     return (tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)).contiguous()
+
+
+def bias_like(dtype: torch.dtype, weight: Tensor | None, input: Tensor) -> Tensor:
+    """Of a bias's size and dtype, its values apart: the bias itself may change before a backward."""
+    return weight if weight is not None else input.new_empty((input.shape[1],), dtype=dtype)
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:

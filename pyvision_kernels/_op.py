@@ -70,18 +70,19 @@ class Op:
         tensors = [arg for index in self.tensors if (arg := args[index]) is not None]
         if self.takes_lists:
             tensors = _flatten(tuple(tensors))[1]
+        needs_grad = False
         for tensor in tensors:
             kind = type(tensor)
-            if kind is not torch.Tensor and kind is not torch.nn.Parameter and isinstance(tensor, torch.Tensor):
+            if kind is torch.Tensor or kind is torch.nn.Parameter:
+                needs_grad = needs_grad or tensor.requires_grad
+            elif isinstance(tensor, torch.Tensor):
                 return self.overload(*args)
         if torch._C._get_tracing_state() is not None:
             return self.overload(*args)
-        if torch.is_grad_enabled():
-            for tensor in tensors:
-                if tensor.requires_grad:
-                    if self.eager is None or torch._C._is_any_autocast_enabled():
-                        return self.overload(*args)
-                    return self.eager.apply(*args)
+        if needs_grad and torch.is_grad_enabled():
+            if self.eager is None or torch._C._is_any_autocast_enabled():
+                return self.overload(*args)
+            return self.eager.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
 

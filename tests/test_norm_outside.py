@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import pyvision_kernels as pvk
 
@@ -249,3 +250,87 @@ def test_onnx_backend_node(name, device):
 def test_onnx_cases_are_all_there():
     assert {case.model.graph.node[0].op_type for case in ONNX.values()} == set(OPERATORS)
     assert len(ONNX) >= 15
+
+
+ACTIVATIONS = (None, "relu", "hardswish", "silu", "gelu", "sigmoid")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("twice", [False, True], ids=["", "create_graph"])
+def test_checkpoints_unpack_what_is_saved_once(activation, twice):
+    from torch.utils.checkpoint import checkpoint
+
+    input = torch.randn(4, 8, 6, 6, requires_grad=True)
+    for layer in (pvk.nn.BatchNorm2d(8, activation=activation), pvk.nn.GroupNorm(4, 8, activation=activation)):
+        output = checkpoint(layer, input, use_reentrant=False)
+        (grad,) = torch.autograd.grad(output.sum(), input, create_graph=twice)
+        torch.testing.assert_close(grad, torch.autograd.grad(layer(input).sum(), input)[0])
+
+
+def test_maps_whose_dimensions_of_one_have_any_strides(device):
+    image = torch.rand(12, 14, 8, device=device).permute(2, 0, 1)[None]
+    column = torch.rand(4, 8, 6, 1, device=device).to(memory_format=torch.channels_last)[::2]
+    for input in (image, column):
+        leaf = input.detach().requires_grad_()
+        arguments = torch.zeros(8, device=device), torch.ones(8, device=device), None, None, True
+        results = []
+        for ours, stock in ((pvk.ops.batch_norm, F.batch_norm), (pvk.ops.group_norm, F.group_norm)):
+            options = arguments if stock is F.batch_norm else (2,)
+            results += [(function(leaf, *options), leaf) for function in (ours, stock)]
+        grads = [torch.autograd.grad(output, leaf, input)[0] for output, leaf in results]
+        for pair in (0, 2):
+            torch.testing.assert_close(results[pair][0], results[pair + 1][0])
+            torch.testing.assert_close(grads[pair], grads[pair + 1])
+
+
+def test_auto_takes_every_pair_of_dtypes():
+    input = torch.randn(2, 4, 6, 6).bfloat16().requires_grad_()
+    single, half = (lambda: torch.rand(4) + 0.5), (lambda: (torch.rand(4) + 0.5).bfloat16())
+    with pvk.backend("auto"):
+        for statistics, vector in ((single, half), (half, single), (single, single), (half, half)):
+            pvk.ops.batch_norm(input, statistics(), statistics(), vector(), vector()).sum().backward()
+        pvk.ops.group_norm(input, 2, None, single()).sum().backward()
+        pvk.ops.layer_norm(input, (6,), None, torch.rand(6)).sum().backward()
+
+
+@pytest.mark.parametrize("momentum", [None, 0.1])
+def test_traced_batch_norms_count_batches(momentum):
+    stock, ours = (cls(4, momentum=momentum) for cls in (torch.nn.BatchNorm2d, pvk.nn.BatchNorm2d))
+    traced = torch.fx.symbolic_trace(ours)
+    for step in range(3):
+        input = torch.randn(2, 4, 5, 5) + step
+        torch.testing.assert_close(stock(input), traced(input))
+    for mine, theirs in zip(traced.buffers(), stock.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_traced_instance_norms_keep_their_statistics():
+    layer = pvk.nn.InstanceNorm2d(4, affine=True, track_running_stats=True).eval()
+    layer.running_mean.fill_(5)
+    input = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(torch.fx.symbolic_trace(layer)(input), layer(input))
+
+
+def test_a_call_that_fails_leaves_the_statistics():
+    mean = torch.zeros(4)
+    with pytest.raises(RuntimeError, match=r"expected running_var to have size \[4\]"):
+        pvk.ops.batch_norm(torch.randn(2, 4), mean, torch.ones(5), training=True)
+    assert (mean == 0).all()
+
+
+def test_what_a_backward_does_not_need_may_change():
+    layer, input = pvk.nn.BatchNorm2d(4).eval(), torch.randn(2, 4, 6, 6, requires_grad=True)
+    output = layer(input)
+    layer.train()(input)
+    torch.autograd.grad(output.sum(), input)
+    weight, bias = torch.rand(4, requires_grad=True), torch.rand(4, requires_grad=True)
+    output = pvk.ops.group_norm(input, 2, weight, bias)
+    with torch.no_grad():
+        bias.add_(1)
+    torch.autograd.grad(output.sum(), (input, weight, bias))
+
+
+@pytest.mark.parametrize("backend", ["auto", "pvk"])
+def test_a_residual_of_another_size_is_refused(backend):
+    with pvk.backend(backend), pytest.raises(RuntimeError, match="expected residual to have size"):
+        pvk.nn.BatchNorm2d(4)(torch.randn(2, 4, 6, 6), torch.randn(1, 4, 1, 1))

@@ -7,7 +7,7 @@ from typing import Any
 import torch.fx
 from torch import Tensor, nn
 
-from pyvision_kernels import _activation
+from pyvision_kernels.nn._activated import Activated
 from pyvision_kernels.nn._layer import is_for_torch, is_traced
 from pyvision_kernels.ops.batch_norm import batch_norm
 from pyvision_kernels.ops.batch_norm import is_for_torch as is_for_torchs_batch_norm
@@ -38,30 +38,36 @@ class LayerNorm(nn.LayerNorm):
             raise
 
 
-class _BatchNorm(nn.modules.batchnorm._BatchNorm):
+def batch_norm_and_count(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    batches: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """A training step of a layer that tracks statistics, which a trace records as one."""
+    batches.add_(1)
+    momentum = 1.0 / float(batches) if momentum is None else momentum  # None: the average of all batches
+    statistics = running_mean, running_var, weight, bias
+    return batch_norm(input, *statistics, True, momentum, eps, residual=residual, activation=activation)
+
+
+torch.fx.wrap("batch_norm_and_count")
+
+
+class _BatchNorm(Activated, nn.modules.batchnorm._BatchNorm):
     """The forward of `torch.nn`'s batch norms with our kernels, in front of one of them."""
-
-    # In `__dict__` where it is set.
-    activation: str | None = None
-
-    def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        _activation.number_of(type(self).__name__, activation)
-        if activation is not None:
-            self.activation = activation
-
-    def extra_repr(self) -> str:
-        stock = super().extra_repr()
-        return stock if self.activation is None else f"{stock}, activation={self.activation!r}"
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N, C, ...] -> the same; a residual is added before the activation."""
         traced = is_traced(input)
         if not traced and (is_for_torch(input) or is_for_torchs_batch_norm(input, self.weight, self.training)):
-            output = super().forward(input)
-            if residual is not None:
-                output = output + residual
-            return output if self.activation is None else _activation.FUNCTIONS[self.activation](output)
+            return self.finished(input, super().forward(input), residual)
         training = self.training
         if not isinstance(input, torch.fx.Proxy):
             self._check_input_dim(input)
@@ -71,6 +77,9 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         momentum = 0.0 if self.momentum is None else self.momentum
         mean, var = self.running_mean, self.running_var
         if training and self.track_running_stats:
+            if isinstance(input, torch.fx.Proxy) and mean is not None and self.num_batches_tracked is not None:
+                tracked = mean, var, self.num_batches_tracked, self.weight, self.bias
+                return batch_norm_and_count(input, *tracked, self.momentum, self.eps, residual, self.activation)
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
                 if self.momentum is None:  # the average of all batches

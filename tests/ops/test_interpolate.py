@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -228,3 +230,31 @@ def test_auto_takes_ours_but_where_torchs_are_faster():
         assert not pvk.explain(interpolate, torch.ones(1, 2, 4, 4), (8, 8))
     with pvk.backend("torch"):
         assert not pvk.explain(interpolate, planes, (64, 64))
+
+
+@pytest.mark.parametrize("factor", [1.1, 2.3])
+def test_auto_reads_the_same_pixels_whatever_the_batch(factor):
+    rows = torch.arange(7.0).expand(1, 1000, 7).contiguous()
+    with pvk.backend("auto"):
+        assert torch.equal(
+            pvk.ops.interpolate(rows[:, :10], scale_factor=factor)[0, 0],
+            pvk.ops.interpolate(rows, scale_factor=factor)[0, 0],
+        )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale_factor": math.nan},
+        {"scale_factor": math.inf},
+        {"scale_factor": 1e30},
+        {"scale_factor": "2"},
+        {"size": True},
+        {"size": 2**70},
+        {"size": (2**31, 1)},
+        {"size": 4, "mode": "bilinear", "align_corners": "x"},
+    ],
+)
+def test_hostile_arguments_are_refused_in_words(options):
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=r"^interpolate: expected .*, but got "):
+        pvk.ops.interpolate(torch.ones(1, 1, 4, 4), **options)

@@ -277,3 +277,20 @@ def test_convert_takes_the_loss():
     torch.testing.assert_close(
         model["loss"](input, target), F.cross_entropy(input, target, model["loss"].weight, ignore_index=1)
     )
+
+
+def test_equal_logits_of_many_classes(device):
+    for size in ((8, 127), (8, 64), (1, 127, 8)):
+        input, target = torch.zeros(size, device=device), torch.zeros(size[:1] + size[2:], dtype=torch.int64)
+        target = target.to(device)
+        ours, theirs = (
+            function(input, target, label_smoothing=1.0) for function in (softmax_cross_entropy, F.cross_entropy)
+        )
+        _assert_as_good(ours, theirs, F.cross_entropy(input.double(), target, label_smoothing=1.0), size)
+
+
+def test_many_classes_that_lie_apart():
+    input, target = torch.randn(1, 5000, 3, requires_grad=True), torch.tensor([[1, 4999, 0]])
+    ours, theirs = (function(input, target) for function in (softmax_cross_entropy, F.cross_entropy))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, input)[0] for loss in (ours, theirs)))

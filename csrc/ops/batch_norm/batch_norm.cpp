@@ -1,24 +1,12 @@
 // Binding of batch_norm: tensors -> checks -> BatchNormParams -> the backend's kernel.
 #include "ops/batch_norm/batch_norm.h"
 
-#include <optional>
 #include <tuple>
 
-#include "core/binding.h"
+#include "core/norm_binding.h"
 
 namespace pvk::batch_norm {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
-
-ScalarType stats_dtype(const Tensor& input) {
-  return input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-bool is_channels_last(const Tensor& map) {
-  return map.dim() == 4 && map.stride(1) == 1 && map.stride(3) == map.size(1) &&
-         map.stride(2) == map.size(3) * map.stride(3) && map.stride(0) == map.size(2) * map.stride(2);
-}
 
 template <typename Params>
 void fill_size(Params& p, const char* op, const Tensor& input) {
@@ -35,46 +23,6 @@ void fill_size(Params& p, const char* op, const Tensor& input) {
   for (int64_t i = 2; i < input.dim(); ++i) p.S *= input.size(i);
 }
 
-template <typename Params>
-void check_map(const Params& p, const char* op, const char* argument, const Tensor& map, const Tensor& input) {
-  bool same = map.dim() == input.dim();
-  for (int64_t i = 0; same && i < map.dim(); ++i) same = map.size(i) == input.size(i);
-  PVK_CHECK(same, op, ": expected ", argument, " to have size ", shape_of(input), ", but got ", shape_of(map));
-  PVK_CHECK(p.rows ? is_channels_last(map) : map.is_contiguous(), op, ": expected ", argument,
-            " to have the memory format of input, but got size ", shape_of(map));
-  PVK_CHECK(map.scalar_type() == input.scalar_type(), op, ": expected ", argument, " to be ", input.scalar_type(),
-            " as input is, but got ", map.scalar_type());
-  check_same_device(op, argument, map, "input", input);
-}
-
-// The address of [C] of `dtype`, of input's or float32 beside 16 bits; null where there is none.
-const void* vector_of(const char* op, const char* argument, const OptionalTensor& vector, const Tensor& input,
-                      DType& dtype) {
-  if (!vector) return nullptr;
-  PVK_CHECK(vector->dim() == 1 && vector->size(0) == input.size(1) && vector->is_contiguous(), op, ": expected ",
-            argument, " to have size [", input.size(1), "] and to be contiguous, but got ", shape_of(*vector));
-  PVK_CHECK(vector->scalar_type() == input.scalar_type() ||
-                (vector->scalar_type() == ScalarType::Float && input.scalar_type() != ScalarType::Double),
-            op, ": expected ", argument, " to be ", input.scalar_type(),
-            " as input is, or float32 beside a 16-bit input, but got ", vector->scalar_type());
-  check_same_device(op, argument, *vector, "input", input);
-  dtype = dtype_of(op, argument, *vector);
-  return data_of(*vector);
-}
-
-void check_pair(const char* op, const char* second, const OptionalTensor& one, const OptionalTensor& other) {
-  PVK_CHECK(!one || !other || one->scalar_type() == other->scalar_type(), op, ": expected ", second,
-            " to have the dtype of the other vector, but got ", other->scalar_type());
-}
-
-Tensor new_like(const Tensor& tensor) {
-  const Tensor result = torch::stable::empty_like(tensor);
-#if !defined(PVK_CUDA)
-  advise_huge_pages(result.data_ptr(), result.numel() * int64_t(result.element_size()));
-#endif
-  return result;
-}
-
 OptionalTensor scratch_of(int64_t elements, const Tensor& like) {
   if (elements == 0) return std::nullopt;
   return empty({elements}, ScalarType::Double, like);
@@ -88,7 +36,7 @@ std::tuple<Tensor, Tensor> forward_op(const Tensor& input, const OptionalTensor&
   const DeviceScope scope(input);
   BatchNormParams p{};
   fill_size(p, kOp, input);
-  if (residual) check_map(p, kOp, "residual", *residual, input);
+  if (residual) check_map(kOp, "residual", *residual, input, p.rows);
   PVK_CHECK(training || (running_mean && running_var), kOp,
             ": expected running_mean and running_var to be Tensors when training is False");
   PVK_CHECK(activation >= 0 && activation <= int64_t(Activation::kSigmoid), kOp,
@@ -96,11 +44,11 @@ std::tuple<Tensor, Tensor> forward_op(const Tensor& input, const OptionalTensor&
   check_pair(kOp, "bias", weight, bias);
   check_pair(kOp, "running_var", running_mean, running_var);
   p.running_dtype = p.dtype;
-  p.weight = vector_of(kOp, "weight", weight, input, p.weight_dtype);
-  p.bias = vector_of(kOp, "bias", bias, input, p.weight_dtype);
+  p.weight = vector_of(kOp, "weight", weight, input, p.C, p.weight_dtype);
+  p.bias = vector_of(kOp, "bias", bias, input, p.C, p.weight_dtype);
   if (!training) {
-    p.running_mean = vector_of(kOp, "running_mean", running_mean, input, p.running_dtype);
-    p.running_var = vector_of(kOp, "running_var", running_var, input, p.running_dtype);
+    p.running_mean = vector_of(kOp, "running_mean", running_mean, input, p.C, p.running_dtype);
+    p.running_var = vector_of(kOp, "running_var", running_var, input, p.C, p.running_dtype);
   }
   const Tensor output = new_like(input);
   const Tensor stats = empty({3, p.C}, stats_dtype(input), input);
@@ -126,8 +74,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(const Tensor& grad, const
   const DeviceScope scope(input);
   BatchNormBackwardParams p{};
   fill_size(p, kOp, input);
-  check_map(p, kOp, "grad", grad, input);
-  if (output) check_map(p, kOp, "output", *output, input);
+  check_map(kOp, "grad", grad, input, p.rows);
+  if (output) check_map(kOp, "output", *output, input, p.rows);
   PVK_CHECK(activation >= 0 && activation <= int64_t(Activation::kRelu6), kOp,
             ": expected activation to be 0 to 2, but got ", activation);
   PVK_CHECK(activation == 0 || output, kOp, ": expected output to be a Tensor beside an activation");
@@ -138,8 +86,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(const Tensor& grad, const
   PVK_CHECK(weight || !needs_weight, kOp, ": expected weight to be a Tensor where its gradient is asked for");
   PVK_CHECK(bias || !needs_bias, kOp, ": expected bias to be a Tensor where its gradient is asked for");
   check_pair(kOp, "bias", weight, bias);
-  p.weight = vector_of(kOp, "weight", weight, input, p.weight_dtype);
-  vector_of(kOp, "bias", bias, input, p.weight_dtype);
+  p.weight = vector_of(kOp, "weight", weight, input, p.C, p.weight_dtype);
+  vector_of(kOp, "bias", bias, input, p.C, p.weight_dtype);
   const auto made = [&](bool needed, const OptionalTensor& like, const Tensor& otherwise) {
     return needed ? new_like(like ? *like : otherwise) : empty({0}, input.scalar_type(), input);
   };

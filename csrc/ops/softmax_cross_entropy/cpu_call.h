@@ -16,7 +16,7 @@ using namespace pvk::PVK_ISA;
 constexpr int kVectors = 4;                 // registers of a tile's row
 constexpr int64_t kElementsOfPart = 32768;  // that a task handles at least
 constexpr int64_t kClassesOfRow = 128;      // from here on neighbours go row by row
-constexpr int64_t kClassesOfBlock = 64;     // whose sum is made apart: long chains round
+constexpr int64_t kClassesOfBlock = 16;     // whose sum is made apart: long chains round
 
 template <typename T>
 constexpr int64_t kPositions = kVectors * kLanes<T>;  // of a tile

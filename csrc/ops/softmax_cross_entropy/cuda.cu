@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     }
     merge_over<Threads>(online);
     const T max = online.max, log = log_of(online.sum);
-    T smooth = 0;
+    double smooth = 0;  // chains of classes round in float
     if (p.is_soft || p.smoothing > 0) {
 #pragma unroll 1
       for (int64_t c = begin; c < p.C; c += Threads * VEC) {
@@ -219,8 +219,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
         if (p.is_soft) t = load_vec<VEC>(target + offset + c);
 #pragma unroll
         for (int e = 0; e < VEC; ++e)
-          smooth +=
-              wanted_of<T>(p, c + e, p.is_soft ? to_opmath(t.data[e]) : T(0)) * (log - (to_opmath(x.data[e]) - max));
+          smooth += double(wanted_of<T>(p, c + e, p.is_soft ? to_opmath(t.data[e]) : T(0)) *
+                           (log - (to_opmath(x.data[e]) - max)));
       }
       smooth = sum_over<Threads>(smooth);
     }
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
       Label<T> label;
       if (!p.is_soft) label = Label<T>(p, row.position);
       const T picked = label.label < 0 ? T(0) : to_opmath(__ldg(input + offset + label.label));
-      finish<scalar_t>(p, row.position, label, picked, max, log, smooth, sums);
+      finish<scalar_t>(p, row.position, label, picked, max, log, T(smooth), sums);
     }
   }
   store_partials(p, sums);
@@ -258,7 +258,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
 #pragma unroll
       for (int e = 0; e < VEC; ++e) online[e].add(values[e]);
     }
-    T log[VEC], smooth[VEC] = {};
+    T log[VEC];
+    double smooth[VEC] = {};
 #pragma unroll
     for (int e = 0; e < VEC; ++e) log[e] = log_of(online[e].sum);
     if (p.is_soft || p.smoothing > 0) {
@@ -270,8 +271,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
         const T scale = T(1 - p.smoothing) * weight_of<T>(p, c), base = base_of<T>(p, c);
 #pragma unroll
         for (int e = 0; e < VEC; ++e)
-          smooth[e] += (p.is_soft ? scale * to_opmath(t.data[e]) + base : base) *
-                       (log[e] - (to_opmath(x.data[e]) - online[e].max));
+          smooth[e] += double((p.is_soft ? scale * to_opmath(t.data[e]) + base : base) *
+                              (log[e] - (to_opmath(x.data[e]) - online[e].max)));
       }
     }
 #pragma unroll
@@ -279,7 +280,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
       Label<T> label;
       if (!p.is_soft) label = Label<T>(p, i + e);
       const T picked = label.label < 0 ? T(0) : to_opmath(__ldg(input + offset + e + label.label * p.S));
-      finish<scalar_t>(p, i + e, label, picked, online[e].max, log[e], smooth[e], sums);
+      finish<scalar_t>(p, i + e, label, picked, online[e].max, log[e], T(smooth[e]), sums);
     }
   }
   store_partials(p, sums);

@@ -13,10 +13,14 @@ from pyvision_kernels._backend import CHOICE
 from pyvision_kernels._check import require
 from pyvision_kernels._norm import (
     HALF,
+    as_map,
+    bias_like,
     check_input,
     check_residual,
     check_vectors,
     dense,
+    is_uniform,
+    laid_out,
     one_by_one,
     opmath,
     require_all_tensors,
@@ -58,13 +62,17 @@ def _setup(ctx, inputs, output):
     result, stats = output
     by_input = _activation.needs_input(ctx.activation)
     result = result if ctx.activation != 0 and not by_input else None
-    ctx.save_for_backward(input, residual if by_input else None, weight, bias, running_mean, running_var, result, stats)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    rest = (residual, bias) if by_input else (None, None)
+    if not ctx.training:  # they may move before the backward
+        running_mean, running_var = running_mean.detach().clone(), running_var.detach().clone()
+    ctx.save_for_backward(input, *rest, weight, running_mean, running_var, result, stats)
     ctx.mark_non_differentiable(stats)
 
 
-def _before(ctx, grad):
+def _before(ctx, grad, saved):
     """The gradient before the activation, in differentiable steps."""
-    input, residual, weight, bias, mean, var, at, _ = ctx.saved_tensors
+    input, residual, bias, weight, mean, var, at, _ = saved
     if _activation.needs_input(ctx.activation):
         # In float32 beside 16 bits: a derivative that jumps is taken on the right side.
         wide = [
@@ -76,19 +84,20 @@ def _before(ctx, grad):
 
 
 def _backward(ctx, grad, _):
-    input, _, weight, bias, mean, var, result, stats = ctx.saved_tensors
+    saved = ctx.saved_tensors
+    input, _, _, weight, mean, var, result, stats = saved
     needs_input, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
     activation = ctx.activation
     if torch.is_grad_enabled():  # PyTorch's is differentiable again
-        grad = by_residual = grad if activation == 0 else _before(ctx, grad)
+        grad = by_residual = grad if activation == 0 else _before(ctx, grad, saved)
         needs = (needs_input, needs_weight, needs_bias)
         by_input, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
             grad, input, weight, mean, var, stats[0], stats[1], ctx.training, ctx.eps, needs
         )
     else:
         if activation not in _BY_KERNEL:
-            grad, activation, result = _before(ctx, grad), 0, None
-        grad = _as(input, grad)
+            grad, activation, result = _before(ctx, grad, saved), 0, None
+        grad = as_map(input, grad)
         by_kernel = needs_residual and activation != 0
         by_input, by_residual, by_weight, by_bias = batch_norm_backward_op(
             grad,
@@ -96,7 +105,7 @@ def _backward(ctx, grad, _):
             result,
             stats,
             weight,
-            bias,
+            bias_like(ctx.bias_dtype, weight, input) if needs_bias else None,
             ctx.training,
             activation,
             needs_input,
@@ -118,13 +127,6 @@ def _backward(ctx, grad, _):
     )
 
 
-def _as(input: Tensor, map: Tensor) -> Tensor:
-    """A map in the memory order of the input, which is contiguous or channels_last."""
-    if input.is_contiguous():
-        return map if map.is_contiguous() else map.contiguous()
-    return map.contiguous(memory_format=torch.channels_last)
-
-
 def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     return one_by_one(_each)(info, in_dims, *args)
 
@@ -134,22 +136,13 @@ def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> Any:
 
 
 def _each(input, residual, *rest):
-    input = _laid_out(input)
-    return batch_norm_op(input, None if residual is None else _as(input, residual), *rest)
+    input = laid_out(input)
+    return batch_norm_op(input, None if residual is None else as_map(input, residual), *rest)
 
 
 def _each_backward(grad, input, output, *rest):
-    input = _laid_out(input)
-    return batch_norm_backward_op(_as(input, grad), input, None if output is None else _as(input, output), *rest)
-
-
-def _laid_out(input: Tensor) -> Tensor:
-    """Contiguous or channels_last."""
-    if input.is_contiguous() or (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)):
-        return input
-    if input.dim() == 4 and torch._prims_common.suggest_memory_format(input) == torch.channels_last:
-        return input.contiguous(memory_format=torch.channels_last)
-    return input.contiguous()
+    input = laid_out(input)
+    return batch_norm_backward_op(as_map(input, grad), input, None if output is None else as_map(input, output), *rest)
 
 
 batch_norm_backward_op: Op = declare(
@@ -249,15 +242,20 @@ def _run(
             raise ValueError(f"{_OP}: expected running_mean and running_var to both be None or Tensors, but got one")
         if not training:
             _check(input, residual, weight, bias, running_mean, running_var, training)
-    elif (
-        running_mean.dim() != 1
-        or running_var.dim() != 1
+    elif input.dim() > 1 and (
+        running_mean.shape != input.shape[1:2]
+        or running_var.shape != running_mean.shape
+        or running_mean.device != input.device
+        or running_var.device != input.device
         or running_mean.dtype is not running_var.dtype
         or running_mean.dtype is not input.dtype
     ):
         _check(input, residual, weight, bias, running_mean, running_var, training)
     # Of an empty map PyTorch's result is empty too, and no statistics are updated.
-    if count == 0 or is_for_torch(input, weight, training):
+    is_torchs = is_for_torch(input, weight, training)
+    if is_torchs and CHOICE.backend == "auto":
+        is_torchs = is_uniform(input, weight, bias, running_mean, running_var)
+    if count == 0 or is_torchs:
         if residual is not None:  # else PyTorch checks
             _check(input, residual, weight, bias, running_mean, running_var, training)
         out = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -265,9 +263,9 @@ def _run(
             out = out + residual
         return out if activation is None else _activation.FUNCTIONS[activation](out)
     if not input.is_contiguous():
-        input = _laid_out(input)
+        input = laid_out(input)
     if residual is not None:
-        residual = _as(input, residual)
+        residual = as_map(input, residual)
     number = _activation.NUMBERS[activation]
     if not training:
         kept = dense(running_mean), dense(running_var)
@@ -314,7 +312,7 @@ def batch_norm(
         activation (str): ``"relu"``, ``"relu6"``, ``"hardswish"``, ``"silu"``, ``"gelu"``, ``"sigmoid"`` or None.
 
     Returns:
-        Tensor of input's size, dtype and memory format.
+        Tensor of input's size and dtype; channels_last where input is, else contiguous.
 
     Raises:
         RuntimeError: sizes, dtypes or devices do not fit each other.

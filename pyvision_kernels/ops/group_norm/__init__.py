@@ -13,6 +13,7 @@ from pyvision_kernels._check import require
 from pyvision_kernels._norm import (
     as_map,
     batched,
+    bias_like,
     cast_as_torch,
     check_input,
     check_residual,
@@ -20,6 +21,7 @@ from pyvision_kernels._norm import (
     dense,
     fits,
     is_small,
+    is_uniform,
     laid_out,
     one_by_one,
     opmath,
@@ -59,7 +61,9 @@ def _setup(ctx, inputs, output):
     result, stats = output
     by_input = _activation.needs_input(ctx.activation)
     result = result if ctx.activation != 0 and not by_input else None
-    ctx.save_for_backward(input, residual if by_input else None, weight, bias, result, stats)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    rest = (residual, bias) if by_input else (None, None)
+    ctx.save_for_backward(input, *rest, weight, result, stats)
     ctx.mark_non_differentiable(stats)
 
 
@@ -67,18 +71,18 @@ def _wide(tensor: Any) -> Any:
     return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.float()
 
 
-def _before(ctx, grad):
+def _before(ctx, grad, saved):
     """The gradient before the activation, in differentiable steps."""
-    input, residual, weight, bias, at, _ = ctx.saved_tensors
+    input, residual, bias, weight, at, _ = saved
     if _activation.needs_input(ctx.activation):
         # In float32 beside 16 bits: a derivative that jumps is taken on the right side.
         at = group_norm_op(*map(_wide, (input, residual, weight, bias)), ctx.groups, ctx.eps, 0)[0]
     return _activation.backward(ctx.activation, grad, at).to(input.dtype)
 
 
-def _differentiable_backward(ctx, grad):
+def _differentiable_backward(ctx, grad, saved):
     """As the kernel's, in steps that can be differentiated again."""
-    input, _, weight, bias, _, _ = ctx.saved_tensors
+    input, _, _, weight, _, _ = saved
     size = (input.shape[0], ctx.groups, -1)
     x, g = _wide(input).reshape(size), _wide(grad).reshape(*input.shape[:2], -1)
     x = x - x.mean(-1, keepdim=True)
@@ -88,20 +92,21 @@ def _differentiable_backward(ctx, grad):
     slope = weighed - weighed.mean(-1, keepdim=True) - y * (weighed * y).mean(-1, keepdim=True)
     by_input = (slope * rstd).reshape(input.shape).to(input.dtype)
     by_weight = None if weight is None else (g * y.reshape(g.shape)).sum((0, 2)).to(weight.dtype)
-    by_bias = None if bias is None else g.sum((0, 2)).to(bias.dtype)
+    by_bias = None if ctx.bias_dtype is None else g.sum((0, 2)).to(ctx.bias_dtype)
     return by_input, by_weight, by_bias
 
 
 def _backward(ctx, grad, _):
-    input, _, weight, bias, result, stats = ctx.saved_tensors
+    saved = ctx.saved_tensors
+    input, _, _, weight, result, stats = saved
     needs_input, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
     activation = ctx.activation
     if torch.is_grad_enabled():
-        grad = by_residual = grad if activation == 0 else _before(ctx, grad)
-        by_input, by_weight, by_bias = _differentiable_backward(ctx, grad)
+        grad = by_residual = grad if activation == 0 else _before(ctx, grad, saved)
+        by_input, by_weight, by_bias = _differentiable_backward(ctx, grad, saved)
     else:
         if activation not in _BY_KERNEL:
-            grad, activation, result = _before(ctx, grad), 0, None
+            grad, activation, result = _before(ctx, grad, saved), 0, None
         grad = as_map(input, grad)
         by_kernel = needs_residual and activation != 0
         by_input, by_residual, by_weight, by_bias = group_norm_backward_op(
@@ -110,7 +115,7 @@ def _backward(ctx, grad, _):
             result,
             stats,
             weight,
-            bias,
+            bias_like(ctx.bias_dtype, weight, input) if needs_bias else None,
             ctx.groups,
             activation,
             needs_input,
@@ -180,9 +185,10 @@ group_norm_op = declare(
 _SMALL, _SMALL_ROWS = (1 << 16, 1 << 20), (1 << 15, 1 << 18)
 
 
-def torch_is_faster(input: Tensor, weight: Tensor | None) -> bool:
+def torch_is_faster(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """By what was measured: on small maps. On CUDA ours has not been timed."""
-    return input.is_cuda or is_small(input, weight, *(_SMALL if input.is_contiguous() else _SMALL_ROWS))
+    is_fast = input.is_cuda or is_small(input, weight, *(_SMALL if input.is_contiguous() else _SMALL_ROWS))
+    return is_fast and is_uniform(input, weight, bias)
 
 
 def run(
@@ -207,7 +213,7 @@ def run(
     ):
         _check(input, residual, weight, bias, groups)  # float32 beside 16 bits, or an error
     mode = CHOICE.backend
-    if mode == "torch" or (mode == "auto" and torch_is_faster(input, weight)) or input.numel() == 0:  # an empty batch
+    if mode == "torch" or (mode == "auto" and torch_is_faster(input, weight, bias)) or input.numel() == 0:
         return reference.group_norm(input, groups, weight, bias, eps, residual=residual, activation=activation)
     input = laid_out(input)
     if residual is not None:
@@ -242,7 +248,7 @@ def group_norm(
         activation (str): ``"relu"``, ``"relu6"``, ``"hardswish"``, ``"silu"``, ``"gelu"``, ``"sigmoid"`` or None.
 
     Returns:
-        Tensor of input's size, dtype and memory format.
+        Tensor of input's size and dtype; channels_last where input is, else contiguous.
 
     Raises:
         RuntimeError: sizes, dtypes or devices do not fit each other.

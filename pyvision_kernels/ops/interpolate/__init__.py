@@ -101,6 +101,8 @@ def _filter_of(rank: int, mode: str, antialias: bool) -> int:
 
 
 def _per_axis(argument: str, value: Any, rank: int, one: type) -> list[Any]:
+    if isinstance(value, str | bool):
+        raise TypeError(f"interpolate: expected {argument} to be made of numbers, but got {value!r}")
     if type(value) is int or type(value) is one:
         return [value] * (rank - 2)
     items = list(value) if isinstance(value, list | tuple) else [value] * (rank - 2)
@@ -132,6 +134,9 @@ def _sizes(
             )
         return _per_axis("size", size, rank, int), [0.0] * (rank - 2)
     factors = _per_axis("scale_factor", scale_factor, rank, float)
+    for factor in factors:
+        if isinstance(factor, float) and not math.isfinite(factor):
+            raise ValueError(f"interpolate: expected scale_factor to be finite, but got {scale_factor}")
     whole = int if type(input.shape[-1]) is int else torch.sym_int
     outputs = [whole(length * factor) for length, factor in zip(input.shape[2:], factors, strict=True)]
     return outputs, [0.0 if recompute_scale_factor else max(float(factor), 0.0) for factor in factors]
@@ -142,10 +147,11 @@ _CACHED = 16 << 20  # bytes of a result that stay in a cache
 _SMALL = 4096  # elements of a result that the call itself takes longer than
 
 
-def _is_for_torch(input: Tensor, filter: int, outputs: list[Any]) -> bool:
+def _is_for_torch(input: Tensor, filter: int, outputs: list[Any], factors: list[float]) -> bool:
     """Whether PyTorch's kernels run: `pvk.backend` says so, or with "auto" where they were measured faster.
 
-    On the CPU PyTorch's are vectorised for the nearest pixel and for linear interpolation in channels_last.
+    On the CPU PyTorch's are vectorised for the nearest pixel and for linear interpolation in channels_last. Where its
+    two formulas for the nearest pixel differ, ours run whatever the size, so that a batch does not choose the pixels.
     """
     if CHOICE.backend != "auto":
         return CHOICE.backend == "torch"
@@ -153,6 +159,10 @@ def _is_for_torch(input: Tensor, filter: int, outputs: list[Any]) -> bool:
         return not torch.are_deterministic_algorithms_enabled()
     if filter not in (NEAREST, NEAREST_EXACT, LINEAR) or torch.compiler.is_compiling():  # no guard on sizes
         return False
+    if filter == NEAREST:
+        for length, output, factor in zip(input.shape[2:], outputs, factors, strict=True):
+            if factor > 0 and output in (length, 2 * length) and factor * length != output:
+                return False
     elements = input.shape[0] * input.shape[1] * math.prod(outputs)
     if input.dim() == 4 and input.shape[1] >= _FEW and _pooling.is_channels_last(input):
         return elements * input.element_size() < _CACHED
@@ -204,20 +214,22 @@ def interpolate(
         raise NotImplementedError(
             f"{op}: expected input to have 4 dimensions [N, C, H, W] or 3 [N, C, L], but got {list(input.shape)}"
         )
+    if align_corners is not None and not isinstance(align_corners, bool):
+        raise TypeError(f"{op}: expected align_corners to be a bool or None, but got {align_corners!r}")
     if mode in _CHOICES and align_corners is not None:
         raise ValueError(f"{op}: expected align_corners to be None with mode {mode!r}, but got {align_corners}")
     _pooling.check_dtype(op, input)
     outputs, factors = _sizes(input, size, scale_factor, recompute_scale_factor)
     for length in (*input.shape[1:], *outputs):
-        if length <= 0:
+        if not 0 < length < 2**31:
             given = f"an input of {list(input.shape)} and a result of {outputs}"
-            require(False, op, "sizes to be greater than 0", given)
+            require(False, op, "sizes to be greater than 0, and less than 2^31", given)
     if mode == "area" and not antialias:
         if rank == 4:
             return adaptive_avg_pool2d(input, outputs)
         return adaptive_avg_pool2d(input.unsqueeze(-2), [1, *outputs]).squeeze(-2)
     filter = _filter_of(rank, mode, antialias)
-    if _is_for_torch(input, filter, outputs):
+    if _is_for_torch(input, filter, outputs, factors):
         return F.interpolate(input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
     if rank == 4:
         return interpolate_op(input, [filter, filter], *outputs, bool(align_corners), *factors)

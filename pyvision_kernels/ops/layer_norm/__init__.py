@@ -20,6 +20,7 @@ from pyvision_kernels._norm import (
     dense,
     fits,
     is_small,
+    is_uniform,
     one_by_one,
     opmath,
     require_all_tensors,
@@ -128,9 +129,10 @@ layer_norm_op = declare(
 _SMALL, _SMALL_HALF = (1 << 16, 1 << 20), (1 << 16, 1 << 18)
 
 
-def torch_is_faster(input: Tensor, weight: Tensor | None) -> bool:
+def torch_is_faster(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """By what was measured: on few rows. On CUDA ours has not been timed."""
-    return input.is_cuda or is_small(input, weight, *(_SMALL_HALF if input.dtype in HALF else _SMALL))
+    is_fast = input.is_cuda or is_small(input, weight, *(_SMALL_HALF if input.dtype in HALF else _SMALL))
+    return is_fast and is_uniform(input, weight, bias)
 
 
 def run(
@@ -143,14 +145,15 @@ def run(
 ) -> Any:
     """layer_norm of arguments whose types are right, by the kernel that the rule picks."""
     if not (
-        input.shape[-len(shape) :] == shape
+        shape
+        and input.shape[-len(shape) :] == shape
         and fits(input, shape, weight)
         and fits(input, shape, bias)
         and (residual is None or fits(input, input.shape, residual))
     ):
         _check(input, residual, weight, bias, shape)  # float32 beside 16 bits, or an error
     mode = CHOICE.backend
-    if mode == "torch" or (mode == "auto" and torch_is_faster(input, weight)):
+    if mode == "torch" or (mode == "auto" and torch_is_faster(input, weight, bias)):
         return reference.layer_norm(input, shape, weight, bias, eps, residual=residual)
     output, total, _ = layer_norm_op(dense(input), dense(residual), dense(weight), dense(bias), len(shape), eps)
     return output if residual is None else (output, total)

@@ -18,6 +18,7 @@ _OP = "softmax_cross_entropy"
 NONE, MEAN, SUM = range(3)
 REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 _MOST_CLASSES = 2**31 - 1
+_MANY_CLASSES = 4096  # that lie apart are laid together first: a tile of them is larger than a cache
 
 
 def _positions(input: Tensor) -> list[Any]:
@@ -172,6 +173,8 @@ def softmax_cross_entropy(
     require_tensors(_OP, **tensors if weight is None else {**tensors, "weight": weight})
     if reduction not in REDUCTIONS:
         raise ValueError(f"{_OP}: expected reduction to be 'none', 'mean' or 'sum', but got {reduction!r}")
+    if not isinstance(label_smoothing, int | float):
+        raise TypeError(f"{_OP}: expected label_smoothing to be a number, but got {label_smoothing!r}")
     require(0 <= label_smoothing <= 1, _OP, "label_smoothing to be in [0, 1]", label_smoothing)
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(f"{_OP}: expected weight not to require a gradient, which it has none of")
@@ -191,7 +194,7 @@ def softmax_cross_entropy(
         return F.cross_entropy(
             input, target, beside, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )
-    classes_last = _has_classes_last(input)
+    classes_last = _has_classes_last(input) or (input.dim() > 2 and input.shape[1] >= _MANY_CLASSES)
     return softmax_cross_entropy_op(
         _like(input, classes_last),
         _like(target, classes_last and target.is_floating_point()),
