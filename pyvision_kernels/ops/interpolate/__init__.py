@@ -223,7 +223,7 @@ def interpolate(
     for length in (*input.shape[1:], *outputs):
         if not 0 < length < 2**31:
             given = f"an input of {list(input.shape)} and a result of {outputs}"
-            require(False, op, "sizes to be greater than 0, and less than 2^31", given)
+            require(False, op, f"sizes to be {'less than 2^31' if length > 0 else 'greater than 0'}", given)
     if mode == "area" and not antialias:
         if rank == 4:
             return adaptive_avg_pool2d(input, outputs)
