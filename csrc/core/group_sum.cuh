@@ -7,9 +7,10 @@ namespace pvk {
 
 constexpr int kMostWarps = 32;
 
-// N sums at a time. The whole block calls it where Threads > 32, the whole warp where it is 32.
+// N sums at a time. The whole block calls it where Threads > 32, the whole warp where it is 32. Static: the emulator's
+// shared memory names its source, which instrumented files do not share.
 template <int Threads, int N, typename T>
-PVK_DEVICE void sum_of_group(T (&value)[N]) {
+static PVK_DEVICE void sum_of_group(T (&value)[N]) {
   static_assert(Threads % kWarpSize == 0 && Threads <= kMostWarps * kWarpSize);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
