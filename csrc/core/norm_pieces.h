@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "core/activation.h"
+#include "core/merged_moments.h"
 #include "core/moments.h"
 #include "core/simd.h"
 #include "core/types.h"
@@ -38,18 +39,6 @@ PVK_INLINE Vec<T> before_activation(Vec<T> grad, Vec<T> result) {
   }
   return grad;
 }
-
-// Count, mean and sum of squared differences, in double (Chan, Golub and LeVeque).
-struct MergedMoments {
-  double count = 0, mean = 0, square = 0;
-
-  PVK_INLINE void add(double n, double other_mean, double other_square) {
-    const double total = count + n, delta = other_mean - mean;
-    square += other_square + (count == 0 ? 0 : delta * delta * (count * n / total));
-    mean += count == 0 ? other_mean - mean : delta * (n / total);
-    count = total;
-  }
-};
 
 // Pieces grow with what came before them: up to so many times as much.
 constexpr int64_t kGrowth = 2;

@@ -1,9 +1,10 @@
 // Batch normalisation on CUDA: sums of parts of a channel, their merging in order, and a pass over the map.
-#include "core/activation.cuh"
 #include "core/dispatch.cuh"
 #include "core/group_sum.cuh"
 #include "core/launch.h"
 #include "core/math.h"
+#include "core/merged_moments.h"
+#include "core/norm_pieces.cuh"
 #include "core/warp.cuh"
 #include "ops/batch_norm/batch_norm.h"
 
@@ -12,20 +13,6 @@ namespace {
 
 constexpr int kBlockThreads = 256;
 constexpr int kColumns = kWarpSize, kRowsAtOnce = kBlockThreads / kColumns;  // of rows: channels, pixels of a block
-constexpr int64_t kMostBlocks = 65535;
-
-// Count, mean and sum of squared differences.
-struct Merged {
-  double count = 0, mean = 0, square = 0;
-
-  PVK_DEVICE void add(double n, double other_mean, double other_square) {
-    if (n == 0) return;
-    const double total = count + n, delta = other_mean - mean;
-    square += other_square + (count == 0 ? 0 : delta * delta * (count * (n / total)));
-    mean += count == 0 ? other_mean - mean : delta * (n / total);
-    count = total;
-  }
-};
 
 // Where value i of a channel lies.
 template <typename Params>
@@ -97,7 +84,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   shared[1][lead][column] = square;
   __syncthreads();
   if (lead != 0 || c >= p.C) return;
-  Merged all;
+  MergedMoments all;
   for (int row = 0; row < kRowsAtOnce; ++row) {
     const int64_t first = begin + row;
     const int64_t values = first < end ? (end - first + kRowsAtOnce - 1) / kRowsAtOnce : 0;
@@ -126,7 +113,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     return;
   }
   const double* const partials = static_cast<const double*>(p.partials);
-  Merged all;
+  MergedMoments all;
   for (int part = 0; part < parts; ++part) {
     const double count = double(part_begin(p, part + 1, parts) - part_begin(p, part, parts));
     all.add(count, __ldg(partials + int64_t(part) * 2 * p.C + c), __ldg(partials + (int64_t(part) * 2 + 1) * p.C + c));
@@ -167,22 +154,6 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     }
     store_vec(static_cast<scalar_t*>(p.output) + i, output);
   }
-}
-
-// The gradient before the activation; NaN passes.
-template <typename T>
-PVK_DEVICE T before(Activation activation, T grad, T result) {
-  if (activation == Activation::kNone) return grad;
-  if (result <= T(0)) return T(0);
-  return activation == Activation::kRelu6 && result >= T(6) ? T(0) : grad;
-}
-
-template <typename scalar_t>
-PVK_DEVICE opmath_t<scalar_t> gradient_at(const BatchNormBackwardParams& p, int64_t i) {
-  using T = opmath_t<scalar_t>;
-  const T grad = to_opmath(__ldg(static_cast<const scalar_t*>(p.grad) + i));
-  if (p.activation == Activation::kNone) return grad;
-  return before(p.activation, grad, T(to_opmath(__ldg(static_cast<const scalar_t*>(p.output) + i))));
 }
 
 // Planes: a block owns a part of a channel: the sums of grad and of grad * (x - mean).
@@ -234,25 +205,6 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   static_cast<double*>(p.partials)[(part * 2 + lead) * p.C + c] = total;
 }
 
-template <typename T>
-PVK_DEVICE void store_weight(void* target, DType dtype, int64_t c, T value) {
-  if (target == nullptr) return;
-  switch (dtype) {
-    case DType::kFloat32:
-      static_cast<float*>(target)[c] = float(value);
-      return;
-    case DType::kFloat64:
-      static_cast<double*>(target)[c] = double(value);
-      return;
-    case DType::kFloat16:
-      static_cast<__half*>(target)[c] = from_opmath<__half>(float(value));
-      return;
-    case DType::kBFloat16:
-      static_cast<__nv_bfloat16*>(target)[c] = from_opmath<__nv_bfloat16>(float(value));
-      return;
-  }
-}
-
 // A thread owns a channel: its parts added in order. What its gradients need takes the place of the first part:
 // grad_input = (grad - from_sum - (x - mean) * from_product) * rstd * weight.
 template <typename T>
@@ -267,8 +219,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     product += partials[(int64_t(part) * 2 + 1) * p.C + c];
   }
   const double rstd = double(__ldg(static_cast<const T*>(p.stats) + p.C + c)), count = double(p.N * p.S);
-  store_weight(p.grad_weight, p.weight_dtype, c, T(product * rstd));
-  store_weight(p.grad_bias, p.weight_dtype, c, T(sum));
+  store_element(p.grad_weight, p.weight_dtype, c, T(product * rstd));
+  store_element(p.grad_bias, p.weight_dtype, c, T(sum));
   partials[c] = p.training ? sum / count : 0;
   partials[p.C + c] = p.training ? product * rstd * rstd / count : 0;
 }
@@ -285,14 +237,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   for (int64_t i = (int64_t(blockIdx.x) * kBlockThreads + threadIdx.x) * VEC; i < count; i += step) {
     const int64_t c = channel_of(p, i), apart = rows ? 1 : 0;
     const auto x = load_vec<VEC>(static_cast<const scalar_t*>(p.input) + i);
-    auto grad = load_vec<VEC>(static_cast<const scalar_t*>(p.grad) + i);
-    if (p.activation != Activation::kNone) {
-      const auto result = load_vec<VEC>(static_cast<const scalar_t*>(p.output) + i);
-#pragma unroll
-      for (int e = 0; e < VEC; ++e)
-        grad.data[e] =
-            from_opmath<scalar_t>(before<T>(p.activation, to_opmath(grad.data[e]), to_opmath(result.data[e])));
-    }
+    const auto grad = gradients_at<VEC, scalar_t>(p, i);
     if (p.grad_residual != nullptr) store_vec(static_cast<scalar_t*>(p.grad_residual) + i, grad);
     if (p.grad_input == nullptr) continue;
     VecN<scalar_t, VEC> output;
@@ -315,11 +260,6 @@ template <typename scalar_t, typename Params, typename... Pointers>
 bool allows_vectors(const Params& p, Pointers... pointers) {
   const int64_t inner = p.rows || p.S == 1 ? p.C : p.S;
   return inner % kVec16<scalar_t> == 0 && ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
-}
-
-LaunchConfig over_elements(int64_t count, int vec, Stream stream) {
-  const int64_t blocks = ceil_div(count, int64_t(kBlockThreads) * vec);
-  return {dim3(unsigned(min_of(blocks, kMostBlocks))), dim3(kBlockThreads), 0, stream};
 }
 
 LaunchConfig over_channels(int64_t C, Stream stream) {
@@ -347,9 +287,9 @@ void forward(const BatchNormParams& p, Stream stream) {
     launch(batch_norm_stats_kernel<scalar_t>, over_channels(p.C, stream), p, parts);
     if (allows_vectors<scalar_t>(p, p.input, p.residual, p.output)) {
       constexpr int kVec = kVec16<scalar_t>;
-      return launch(batch_norm_forward_kernel<scalar_t, kVec>, over_elements(count, kVec, stream), p);
+      return launch(batch_norm_forward_kernel<scalar_t, kVec>, over_elements(count, kVec, kBlockThreads, stream), p);
     }
-    launch(batch_norm_forward_kernel<scalar_t, 1>, over_elements(count, 1, stream), p);
+    launch(batch_norm_forward_kernel<scalar_t, 1>, over_elements(count, 1, kBlockThreads, stream), p);
   });
 }
 
@@ -364,9 +304,10 @@ void backward(const BatchNormBackwardParams& p, Stream stream) {
     if (p.grad_input == nullptr && p.grad_residual == nullptr) return;
     if (allows_vectors<scalar_t>(p, p.input, p.grad, p.output, p.grad_input, p.grad_residual)) {
       constexpr int kVec = kVec16<scalar_t>;
-      return launch(batch_norm_backward_input_kernel<scalar_t, kVec>, over_elements(count, kVec, stream), p);
+      return launch(batch_norm_backward_input_kernel<scalar_t, kVec>, over_elements(count, kVec, kBlockThreads, stream),
+                    p);
     }
-    launch(batch_norm_backward_input_kernel<scalar_t, 1>, over_elements(count, 1, stream), p);
+    launch(batch_norm_backward_input_kernel<scalar_t, 1>, over_elements(count, 1, kBlockThreads, stream), p);
   });
 }
 

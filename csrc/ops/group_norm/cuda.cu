@@ -1,9 +1,10 @@
 // Group normalisation on CUDA: sums of parts, their merging in order, and a pass over the map.
-#include "core/activation.cuh"
 #include "core/dispatch.cuh"
 #include "core/group_sum.cuh"
 #include "core/launch.h"
 #include "core/math.h"
+#include "core/merged_moments.h"
+#include "core/norm_pieces.cuh"
 #include "core/warp.cuh"
 #include "ops/group_norm/group_norm.h"
 
@@ -13,7 +14,6 @@ namespace {
 constexpr int kBlockThreads = 256;
 constexpr int kColumns = kWarpSize, kRowsAtOnce = kBlockThreads / kColumns;  // of rows: channels, pixels of a block
 constexpr int64_t kTermsOfSum = 32;  // of a thread, before they go to its total: shorter chains of rounding
-constexpr int64_t kMostBlocks = 65535;
 
 // Where value i of group g of sample n lies; of neighbouring values, VEC of which divide a channel's or a row's part of
 // a group, the neighbours do.
@@ -73,20 +73,15 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   const int64_t groups = p.N * p.G, group = int64_t(blockIdx.x) * kBlockThreads + threadIdx.x;
   if (group >= groups) return;
   const double* const partials = static_cast<const double*>(p.scratch);
-  double count = 0, mean = 0, square = 0;
+  MergedMoments all;
   for (int part = 0; part < parts; ++part) {
-    const int64_t begin = part_begin<VEC>(p, part, parts);
-    const double more = double(part_begin<VEC>(p, part + 1, parts) - begin), total = count + more;
-    const double other = __ldg(partials + int64_t(part) * 2 * groups + group);
-    const double delta = other - mean;
-    square += __ldg(partials + (int64_t(part) * 2 + 1) * groups + group) +
-              (part == 0 ? 0 : delta * delta * (count * (more / total)));
-    mean = part == 0 ? other : mean + delta * (more / total);
-    count = total;
+    const double count = double(part_begin<VEC>(p, part + 1, parts) - part_begin<VEC>(p, part, parts));
+    const double* const of_part = partials + int64_t(part) * 2 * groups + group;
+    all.add(count, __ldg(of_part), __ldg(of_part + groups));
   }
   T* const stats = static_cast<T*>(p.stats);
-  stats[group] = T(mean);
-  stats[groups + group] = T(rsqrt_of(square / count + p.eps));
+  stats[group] = T(all.mean);
+  stats[groups + group] = T(rsqrt_of(all.square / all.count + p.eps));
 }
 
 // Sample and channel of element i of the map.
@@ -128,22 +123,6 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     }
     store_vec(static_cast<scalar_t*>(p.output) + i, output);
   }
-}
-
-// The gradient before the activation; NaN passes.
-template <typename T>
-PVK_DEVICE T before(Activation activation, T grad, T result) {
-  if (activation == Activation::kNone) return grad;
-  if (result <= T(0)) return T(0);
-  return activation == Activation::kRelu6 && result >= T(6) ? T(0) : grad;
-}
-
-template <typename scalar_t>
-PVK_DEVICE opmath_t<scalar_t> gradient_at(const GroupNormBackwardParams& p, int64_t i) {
-  using T = opmath_t<scalar_t>;
-  const T grad = to_opmath(__ldg(static_cast<const scalar_t*>(p.grad) + i));
-  if (p.activation == Activation::kNone) return grad;
-  return before(p.activation, grad, T(to_opmath(__ldg(static_cast<const scalar_t*>(p.output) + i))));
 }
 
 // Scratch of the backward, of double: [parts, N, 2, C], the sums of grad and of grad * (x - mean); then [N, 2, G], what
@@ -198,25 +177,6 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   }
 }
 
-template <typename T>
-PVK_DEVICE void store_weight(void* target, DType dtype, int64_t c, T value) {
-  if (target == nullptr) return;
-  switch (dtype) {
-    case DType::kFloat32:
-      static_cast<float*>(target)[c] = float(value);
-      return;
-    case DType::kFloat64:
-      static_cast<double*>(target)[c] = double(value);
-      return;
-    case DType::kFloat16:
-      static_cast<__half*>(target)[c] = from_opmath<__half>(float(value));
-      return;
-    case DType::kBFloat16:
-      static_cast<__nv_bfloat16*>(target)[c] = from_opmath<__nv_bfloat16>(float(value));
-      return;
-  }
-}
-
 // A warp owns a group of a sample: grad_input = (grad * weight - from_sum - (x - mean) * from_product) * rstd.
 template <typename T>
 __global__ void __launch_bounds__(kBlockThreads, 2)
@@ -259,8 +219,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
       by_weight += of_sample[p.C + c] * double(__ldg(rstd + n * p.G));
     }
   }
-  store_weight(p.grad_weight, p.weight_dtype, c, T(by_weight));
-  store_weight(p.grad_bias, p.weight_dtype, c, T(by_bias));
+  store_element(p.grad_weight, p.weight_dtype, c, T(by_weight));
+  store_element(p.grad_bias, p.weight_dtype, c, T(by_bias));
 }
 
 // A thread owns VEC neighbours at a time, as of the forward.
@@ -276,14 +236,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   for (int64_t i = (int64_t(blockIdx.x) * kBlockThreads + threadIdx.x) * VEC; i < count; i += step) {
     const Place place = place_of(p, i);
     const int64_t g = place.c / channels, group = place.n * p.G + g;
-    auto grad = load_vec<VEC>(static_cast<const scalar_t*>(p.grad) + i);
-    if (p.activation != Activation::kNone) {
-      const auto result = load_vec<VEC>(static_cast<const scalar_t*>(p.output) + i);
-#pragma unroll
-      for (int e = 0; e < VEC; ++e)
-        grad.data[e] =
-            from_opmath<scalar_t>(before<T>(p.activation, to_opmath(grad.data[e]), to_opmath(result.data[e])));
-    }
+    const auto grad = gradients_at<VEC, scalar_t>(p, i);
     if (p.grad_residual != nullptr) store_vec(static_cast<scalar_t*>(p.grad_residual) + i, grad);
     if (p.grad_input == nullptr) continue;
     const T mean = __ldg(stats + group), rstd = __ldg(stats + p.N * p.G + group);
@@ -307,11 +260,6 @@ template <typename scalar_t, typename Params, typename... Pointers>
 bool allows_vectors(const Params& p, Pointers... pointers) {
   const int64_t inner = p.rows ? p.C / p.G : p.S;
   return inner % kVec16<scalar_t> == 0 && ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
-}
-
-LaunchConfig over_elements(int64_t count, int vec, Stream stream) {
-  const int64_t blocks = ceil_div(count, int64_t(kBlockThreads) * vec);
-  return {dim3(unsigned(min_of(blocks, kMostBlocks))), dim3(kBlockThreads), 0, stream};
 }
 
 LaunchConfig over(int64_t count, int64_t per_block, Stream stream) {
@@ -348,7 +296,7 @@ void forward(const GroupNormParams& p, Stream stream) {
       launch(group_norm_moments_kernel<scalar_t, VEC>,
              {dim3(unsigned(groups), unsigned(parts)), dim3(kBlockThreads), 0, stream}, p);
       launch(group_norm_stats_kernel<scalar_t, VEC>, over(groups, kBlockThreads, stream), p, parts);
-      launch(group_norm_forward_kernel<scalar_t, VEC>, over_elements(count, VEC, stream), p);
+      launch(group_norm_forward_kernel<scalar_t, VEC>, over_elements(count, VEC, kBlockThreads, stream), p);
     };
     if (allows_vectors<scalar_t>(p, p.input, p.residual, p.output)) return run.template operator()<kVec16<scalar_t>>();
     run.template operator()<1>();
@@ -367,9 +315,10 @@ void backward(const GroupNormBackwardParams& p, Stream stream) {
     launch(group_norm_slopes_kernel<opmath_t<scalar_t>>, over(p.N * p.G, kRowsAtOnce, stream), p, parts);
     if (allows_vectors<scalar_t>(p, p.input, p.grad, p.output, p.grad_input, p.grad_residual)) {
       constexpr int kVec = kVec16<scalar_t>;
-      return launch(group_norm_backward_input_kernel<scalar_t, kVec>, over_elements(count, kVec, stream), p, parts);
+      return launch(group_norm_backward_input_kernel<scalar_t, kVec>, over_elements(count, kVec, kBlockThreads, stream),
+                    p, parts);
     }
-    launch(group_norm_backward_input_kernel<scalar_t, 1>, over_elements(count, 1, stream), p, parts);
+    launch(group_norm_backward_input_kernel<scalar_t, 1>, over_elements(count, 1, kBlockThreads, stream), p, parts);
   });
 }
 
