@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import pyvision_kernels as pvk
+from tests.errors import assert_as_good, in_double
 
 with warnings.catch_warnings():  # of packages that these would like to have
     warnings.simplefilter("ignore")
@@ -44,35 +45,15 @@ def our_kernels():
         yield
 
 
-def _error(found: Tensor, exact: Tensor) -> float:
-    """The largest difference, relative to the largest value."""
-    if found.numel() == 0:
-        return 0.0
-    return ((found.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)).item()
-
-
-def _double(value: Any) -> Any:
-    return value.detach().double() if isinstance(value, Tensor) else value
-
-
-def _assert_as_good(ours: Tensor, theirs: Tensor, exact: Tensor, what: object) -> None:
-    """The rule of docs/design.md: at most twice PyTorch's error, and one unit; in float64, where that error is taken
-    for none, eight units."""
-    assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device), what
-    units = 8 if ours.dtype == torch.float64 else 1
-    error, allowed = _error(ours, exact), 2 * _error(theirs, exact) + units * torch.finfo(ours.dtype).eps
-    assert error <= allowed, (what, error, allowed)
-
-
 @by_op
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 def test_samples_of_op_db(name, dtype, device):
     count = 0
     for sample in THEIRS[name].sample_inputs(device, dtype):
         arguments = (sample.input, *sample.args)
-        exact = THEIRS[name].op(*map(_double, arguments), **sample.kwargs)
+        exact = THEIRS[name].op(*map(in_double, arguments), **sample.kwargs)
         theirs = THEIRS[name].op(*arguments, **sample.kwargs)
-        _assert_as_good(OURS[name](*arguments, **sample.kwargs), theirs, exact, sample)
+        assert_as_good(OURS[name](*arguments, **sample.kwargs), theirs, exact, sample)
         count += 1
     assert count >= 10
 
@@ -129,11 +110,11 @@ def test_samples_of_module_db(layer, dtype, training, device):
         )
         stock.load_state_dict(ours.state_dict())
         exact = stock.double()(
-            *map(_double, given.args), **{key: _double(value) for key, value in given.kwargs.items()}
+            *map(in_double, given.args), **{key: in_double(value) for key, value in given.kwargs.items()}
         )
         stock.to(dtype)
         theirs = stock(*given.args, **given.kwargs)
-        _assert_as_good(ours(*given.args, **given.kwargs), theirs, exact, sample)
+        assert_as_good(ours(*given.args, **given.kwargs), theirs, exact, sample)
 
 
 def _onnx_cases(*modules: str) -> dict[str, Any]:

@@ -100,8 +100,6 @@ def test_the_nearest_pixel_is_torchs_for_every_size(one_thread, mode, dtype):
 @every_mode
 def test_weights_are_torchs(one_thread, options, dtype):
     # Of rows of the identity: what each output reads, and by what weight. No weight is read where PyTorch has none.
-    if options["mode"] == "area":
-        pytest.skip("sums of adaptive averages are compared elsewhere")
     for length in (1, 2, 9, 40):
         rows = torch.eye(length, dtype=dtype).view(1, length, 1, length)
         for count in (1, 2, 5, 9, 18, 27, 39, 41, 80, 131):
@@ -112,8 +110,6 @@ def test_weights_are_torchs(one_thread, options, dtype):
 @every_mode
 def test_infinities_go_where_torchs_go(device, options):
     # Also by weights that are zero, and by both taps of the last pixel.
-    if options["mode"] == "area":
-        pytest.skip("an average of ours")
     torch.manual_seed(3)
     for channels in (1, 3, 20):
         input = torch.randn(2, channels, 16, 24, dtype=torch.float64, device=device)

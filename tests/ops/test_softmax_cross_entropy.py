@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import pyvision_kernels as pvk
 from pyvision_kernels.ops import softmax_cross_entropy
+from tests.errors import assert_as_good
 
 with warnings.catch_warnings():  # of packages that these would like to have
     warnings.simplefilter("ignore")
@@ -18,20 +19,6 @@ with warnings.catch_warnings():  # of packages that these would like to have
     from torch.testing._internal.common_modules import module_db
 
 by_reduction = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-
-
-def _relative(found: torch.Tensor, exact: torch.Tensor, largest: float = 0.0) -> float:
-    if found.numel() == 0 or exact.isnan().any():
-        assert torch.equal(found.isnan(), exact.isnan())
-        return 0.0
-    return ((found.double() - exact).abs().max() / exact.abs().max().clamp(min=max(largest, 1e-30))).item()
-
-
-def _assert_as_good(ours, theirs, exact, what, largest=0.0):
-    """The rule of docs/design.md: at most twice PyTorch's error, and one unit; `largest`: of what cancels in a sum."""
-    assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device), what
-    allowed = 2 * _relative(theirs, exact, largest) + torch.finfo(ours.dtype).eps
-    assert _relative(ours, exact, largest) <= allowed, what
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
@@ -50,10 +37,10 @@ def test_samples_of_op_db(dtype, device):
             function(sample.input, target.detach(), weight, **sample.kwargs)
             for function in (softmax_cross_entropy, F.cross_entropy)
         ]
-        _assert_as_good(*(result.detach() for result in results), exact.detach(), sample)
+        assert_as_good(*(result.detach() for result in results), exact.detach(), sample)
         grad = torch.randn_like(results[0])
         grads = [torch.autograd.grad(result, sample.input, grad)[0] for result in results]
-        _assert_as_good(*grads, torch.autograd.grad(exact, leaf, grad.double())[0], sample)
+        assert_as_good(*grads, torch.autograd.grad(exact, leaf, grad.double())[0], sample)
 
 
 def test_samples_of_module_db(device):
@@ -71,7 +58,7 @@ def test_samples_of_module_db(device):
             stock.reduction = "none"
             losses = stock(input.double(), double)
             largest = (exact * losses.abs().sum() / losses.sum()).abs().item()
-        _assert_as_good(found, theirs, exact, sample, largest)
+        assert_as_good(found, theirs, exact, sample, largest)
 
 
 def test_error_inputs_of_module_db():
@@ -157,7 +144,7 @@ def test_large_logits_lose_no_digits(device):
     target = torch.arange(50, device=device) % 20
     for values, labels in ((input, target), (input.t()[None].contiguous(), target[None])):
         ours, theirs = (function(values, labels) for function in (softmax_cross_entropy, F.cross_entropy))
-        _assert_as_good(ours, theirs, F.cross_entropy(values.double(), labels), "large")
+        assert_as_good(ours, theirs, F.cross_entropy(values.double(), labels), "large")
 
 
 @by_reduction
@@ -286,7 +273,7 @@ def test_equal_logits_of_many_classes(device):
         ours, theirs = (
             function(input, target, label_smoothing=1.0) for function in (softmax_cross_entropy, F.cross_entropy)
         )
-        _assert_as_good(ours, theirs, F.cross_entropy(input.double(), target, label_smoothing=1.0), size)
+        assert_as_good(ours, theirs, F.cross_entropy(input.double(), target, label_smoothing=1.0), size)
 
 
 def test_many_classes_that_lie_apart():

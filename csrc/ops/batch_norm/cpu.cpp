@@ -1,9 +1,10 @@
 // Batch normalisation on the CPU, forward; cpu_backward.cpp is the backward.
 //
 // Planes: a block of channels is one thread's, from its sums to its result, while it is in the cache. Rows: parts of
-// the rows make sums, which are added in order; then rows are finished, the last ones first. Sums are those of
-// differences to a value of the channel's own range, and of their squares, a few in T and these in double; a channel
-// for which that range was a poor guess is summed again (docs/ops/batch_norm.md).
+// the rows make sums, which are added in order; then rows are finished, the last ones first. Sums are those of squared
+// differences to a value of the channel's own range, and of elements (of float64, and of rows of float32, of
+// differences); a few in T and these in double. A channel for which that range was a poor guess is summed again
+// (docs/ops/batch_norm.md).
 #include "core/epilogue.h"
 #include "core/isa.h"
 #include "ops/batch_norm/cpu_pieces.h"
@@ -176,41 +177,58 @@ PVK_INLINE opmath_t<scalar_t> center_of_plane(const scalar_t* plane, int64_t cou
   return first + sum_of_lanes<T>(apart.first + apart.second) / T(n);
 }
 
-// Adds a plane's differences to the center, and their squares.
-template <typename scalar_t, typename T>
-PVK_INLINE void add_plane(const scalar_t* plane, int64_t count, T center, WideSum<T>& sum, WideSum<T>& square) {
-  constexpr int64_t kPiece = kPairsOfSum * kPair<scalar_t>;
-  const Pair<T> middle(center);
-  for (int64_t first = 0; first < count; first += kPiece) {
-    const scalar_t* const x = plane + first;
-    Pair<T> sums, squares;
-    for_pairs<scalar_t>(min_of(kPiece, count - first), [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-      const Pair<T> apart = keep_first<scalar_t>(load_elements(x + i, n) - middle, n);
-      sums = sums + apart;
-      squares = fma(apart, apart, squares);
-    });
-    sum.add(sums.first + sums.second);
-    square.add(squares.first + squares.second);
+// The sums of a channel's planes, in double. Elements of float32 go there one by one, for sums of a few would round,
+// and differences to a center; of 16 bits such sums hardly do.
+template <typename scalar_t>
+struct PlaneSums {
+  using T = opmath_t<scalar_t>;
+  static constexpr bool kSumsElements = sizeof(T) < 8, kAtOnce = sizeof(scalar_t) == 4;
+  WideSum<T> sum, square;
+
+  PVK_INLINE void add(const scalar_t* plane, int64_t count, T center) {
+    constexpr int64_t kPiece = kPairsOfSum * kPair<scalar_t>;
+    const Pair<T> middle(center);
+    WideSum<T> all = sum;
+    for (int64_t first = 0; first < count; first += kPiece) {
+      const scalar_t* const x = plane + first;
+      Pair<T> few, squares;
+      for_pairs<scalar_t>(min_of(kPiece, count - first), [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+        const Pair<T> elements = load_elements(x + i, n), apart = keep_first<scalar_t>(elements - middle, n);
+        if constexpr (kAtOnce) {
+          all.add(elements.first);
+          all.add(elements.second);
+        } else {
+          few = few + (kSumsElements ? elements : apart);
+        }
+        squares = fma(apart, apart, squares);
+      });
+      if constexpr (!kAtOnce) all.add(few.first + few.second);
+      square.add(squares.first + squares.second);
+    }
+    sum = all;
   }
-}
+  bool write(const BatchNormParams& p, int64_t c, T center) const {
+    const double from = double(center), apart = sum.value() - (kSumsElements ? double(p.N * p.S) * from : 0);
+    return write_stats<T>(p, c, from, apart, square.value());
+  }
+};
 
 template <typename scalar_t>
 void stats_of_planes(const BatchNormParams& p, int64_t first, int64_t channels) {
   using T = opmath_t<scalar_t>;
   const scalar_t* const x = static_cast<const scalar_t*>(p.input);
   T center[kChannelsOfBlock];
-  WideSum<T> sum[kChannelsOfBlock], square[kChannelsOfBlock];
+  PlaneSums<scalar_t> sums[kChannelsOfBlock];
   for (int64_t k = 0; k < channels; ++k) center[k] = center_of_plane(x + (first + k) * p.S, p.S);
   for (int64_t n = 0; n < p.N; ++n)
-    for (int64_t k = 0; k < channels; ++k)
-      add_plane(x + (n * p.C + first + k) * p.S, p.S, center[k], sum[k], square[k]);
+    for (int64_t k = 0; k < channels; ++k) sums[k].add(x + (n * p.C + first + k) * p.S, p.S, center[k]);
   for (int64_t k = 0; k < channels; ++k) {
     const int64_t c = first + k;
-    if (write_stats<T>(p, c, double(center[k]), sum[k].value(), square[k].value())) continue;
+    if (sums[k].write(p, c, center[k])) continue;
     const T again = static_cast<const T*>(p.stats)[c];
-    WideSum<T> all, squares;
-    for (int64_t n = 0; n < p.N; ++n) add_plane(x + (n * p.C + c) * p.S, p.S, again, all, squares);
-    if (!write_stats<T>(p, c, double(again), all.value(), squares.value())) write_exact_stats<scalar_t>(p, c);
+    PlaneSums<scalar_t> better;
+    for (int64_t n = 0; n < p.N; ++n) better.add(x + (n * p.C + c) * p.S, p.S, again);
+    if (!better.write(p, c, again)) write_exact_stats<scalar_t>(p, c);
   }
 }
 
@@ -264,6 +282,7 @@ template <typename scalar_t>
 void stats_of_rows(const BatchNormParams& p, const Rows& rows) {
   using T = opmath_t<scalar_t>;
   const scalar_t* const x = static_cast<const scalar_t*>(p.input);
+  constexpr bool kSumsElements = sizeof(scalar_t) == 2;
   Buffer<T> centers(p.C + rows.pitch);
   T *const center = centers.data(), *const in_pairs = center + p.C;
   centers_of_rows<scalar_t>(p, center);
@@ -275,18 +294,22 @@ void stats_of_rows(const BatchNormParams& p, const Rows& rows) {
                                const Pair<T> middle(load(in_pairs + place), load(in_pairs + place + kLanes<T>));
                                prefetch_rows(rows, x, offset, place);
                                for (int64_t r = 0; r < count; ++r) {
-                                 const Pair<T> apart =
-                                     keep_first<scalar_t>(load_elements(x + offset + r * rows.width, n) - middle, n);
-                                 sum = sum + apart;
+                                 const Pair<T> elements = load_elements(x + offset + r * rows.width, n);
+                                 const Pair<T> apart = keep_first<scalar_t>(elements - middle, n);
+                                 sum = sum + (kSumsElements ? elements : apart);
                                  square = fma(apart, apart, square);
                                }
                              });
+  const auto write = [&](int64_t c) {
+    const double from = double(center[c]), apart = sums[c] - (kSumsElements ? double(p.N * p.S) * from : 0);
+    return write_stats<T>(p, c, from, apart, sums[p.C + c]);
+  };
   int64_t bad = 0;
-  for (int64_t c = 0; c < p.C; ++c) bad += !write_stats<T>(p, c, double(center[c]), sums[c], sums[p.C + c]);
+  for (int64_t c = 0; c < p.C; ++c) bad += !write(c);
   if (bad == 0) return;
   parallel_for(p.C, 1, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c)
-      if (!write_stats<T>(p, c, double(center[c]), sums[c], sums[p.C + c])) write_exact_stats<scalar_t>(p, c);
+      if (!write(c)) write_exact_stats<scalar_t>(p, c);
   });
 }
 
