@@ -153,6 +153,18 @@ def test_values_whose_squares_leave_the_range_of_floats(device):
         torch.testing.assert_close(ours.cpu().double(), exact, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("momentum", [0.1, 0.7, 1.0])
+def test_a_variance_beyond_floats_is_infinite(momentum, device):
+    x = torch.full((2, 3, 9, 9), 1e38)
+    x[0, 0] *= 0.9
+    runs = []
+    for op, input in ((pvk.ops.batch_norm, x.to(device)), (F.batch_norm, x)):
+        mean, var = torch.ones(3, device=input.device), torch.ones(3, device=input.device)
+        op(input, mean, var, training=True, momentum=momentum)
+        runs.append((mean.cpu(), var.cpu()))
+    torch.testing.assert_close(*runs)
+
+
 def test_a_guess_of_the_mean_that_is_far_off(device):
     # The first pixels say nothing of the others.
     for format in (torch.contiguous_format, torch.channels_last):

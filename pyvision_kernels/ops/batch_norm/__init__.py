@@ -274,8 +274,8 @@ def _run(
     if running_mean is not None and running_var is not None:
         mean, _, var = stats.to(running_mean.dtype).unbind()
         with torch.no_grad():
-            running_mean.lerp_(mean, momentum)
-            running_var.lerp_(var, momentum)
+            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)  # of an infinity lerp_ makes NaN
+            running_var.mul_(1 - momentum).add_(var, alpha=momentum)
     return output
 
 
