@@ -116,7 +116,10 @@ def check_pixels(op: str, height: int, width: int) -> None:
 
 
 def is_channels_last(input: Tensor) -> bool:
-    return input.stride(1) == 1 and not input.is_contiguous()
+    """Whether results are: PyTorch's rule (`suggest_memory_format`), by which slices are, and pixels [N, C, 1, 1]."""
+    images, channels, height, width = input.shape
+    image, channel, row, pixel = input.stride()
+    return bool(pixel >= channel * channels and row >= pixel * width and image >= row * height > channel > 0 < images)
 
 
 def empty(like: Tensor, size: Sequence[Any], channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:

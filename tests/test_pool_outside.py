@@ -6,6 +6,7 @@ What cannot apply (three dimensions, integers, complex numbers) must be refused 
 from __future__ import annotations
 
 import importlib
+import itertools
 import re
 import warnings
 from typing import Any
@@ -97,6 +98,20 @@ def test_integers_and_complex_numbers_are_refused(name, dtype):
     sample = next(iter(THEIRS[name].sample_inputs("cpu", torch.float32)))
     with pytest.raises(REFUSED, match=r"float16, bfloat16, float32 or float64, but got"):
         OURS[name](sample.input.to(dtype), *sample.args, **sample.kwargs)
+
+
+@pytest.mark.parametrize("pool", ["avg_pool2d", "max_pool2d", "adaptive_avg_pool2d", "interpolate"])
+def test_layouts_of_results_are_torchs(pool):
+    # Also where sides of one pixel, slices and other orders of dimensions leave it in doubt which layout a map has.
+    for shape in itertools.product((1, 3), (1, 5), (1, 4), (1, 6)):
+        map = torch.randn([length + 1 for length in shape])
+        for order in itertools.permutations(range(4)):
+            whole = map.permute(order).contiguous().permute([order.index(i) for i in range(4)])
+            pixels = whole[..., 1:, 1:]
+            for cut in (whole, whole[:, ::2], whole[:1, :1], pixels, pixels[:, 1:], pixels[1:]):
+                for size in (1, 3) if pool == "adaptive_avg_pool2d" else (1,):
+                    ours, theirs = (getattr(module, pool)(cut, size) for module in (pvk.ops, F))
+                    assert ours.stride() == theirs.stride(), (cut.shape, cut.stride())
 
 
 @pytest.mark.parametrize("layer", LAYERS)

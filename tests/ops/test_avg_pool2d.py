@@ -13,7 +13,7 @@ from pyvision_kernels.ops import adaptive_avg_pool2d, avg_pool1d, avg_pool2d
 
 def _layouts(input):
     last = input.contiguous(memory_format=torch.channels_last)
-    return input, last, input.mT.contiguous().mT, last[:, :, 1:, 1:], input[:, :, 1:, 1:], input[:, 1:]
+    return input, last, input.mT.contiguous().mT, last[:, :, 1:, 1:], input[:, :, 1:, 1:], input[:, 1:], last[:, ::2]
 
 
 # Windows, strides, paddings that take each way through the kernels.
@@ -40,8 +40,7 @@ def test_averages_and_gradients_are_torchs(device, window, channels):
         for options in ((False, True, None), (True, True, None), (True, False, None), (False, True, 7)):
             ours, theirs = (pool(leaf, *window, *options) for pool in (avg_pool2d, F.avg_pool2d))
             _close(ours, theirs)
-            if like.is_contiguous() or like.is_contiguous(memory_format=torch.channels_last):
-                assert ours.stride() == theirs.stride()
+            assert ours.stride() == theirs.stride()
             grad = torch.randn_like(ours)
             for direction in (grad, grad[:, :, :1, :1].expand_as(grad)):
                 (mine,) = torch.autograd.grad(ours, leaf, direction, retain_graph=True)

@@ -35,7 +35,7 @@ SIZES = [(26, 82), (5, 17), (40, 9), (1, 1), (13, 41), (13, 60), (29, 41), (2, 3
 
 def _layouts(input):
     last = input.contiguous(memory_format=torch.channels_last)
-    return input, last, input.mT.contiguous().mT, last[:, :, 1:, 1:], input[:, :, 1:, 1:], input[:, 1:]
+    return input, last, input.mT.contiguous().mT, last[:, :, 1:, 1:], input[:, :, 1:, 1:], input[:, 1:], last[:, ::2]
 
 
 def _close(ours, theirs):
@@ -46,8 +46,7 @@ def _compare(input, close=_close, **options):
     leaf = input.detach().requires_grad_()
     ours, theirs = (resize(leaf, **options) for resize in (interpolate, F.interpolate))
     close(ours, theirs)
-    if input.is_contiguous() or input.is_contiguous(memory_format=torch.channels_last):
-        assert ours.stride() == theirs.stride()
+    assert ours.stride() == theirs.stride()
     inconsistent = options["mode"] == "bicubic" or options["antialias"]
     if "scale_factor" in options and inconsistent and theirs.shape == input.shape:
         return  # one of PyTorch's forward and gradient is then the identity's, and the other is not
