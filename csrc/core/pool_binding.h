@@ -44,8 +44,8 @@ inline void check_pool_pixels(const char* op, int64_t height, int64_t width) {
             " pixels a channel, but got ", height, " x ", width);
 }
 
-// Whether the result of pooling a map is channels_last: PyTorch's rule (its suggest_memory_format), by which slices are,
-// and pixels [N, C, 1, 1].
+// Whether the result of pooling a map is channels_last: PyTorch's rule (its suggest_memory_format), by which slices
+// are, and pixels [N, C, 1, 1].
 inline bool pools_channels_last(const Tensor& map) {
   const int64_t channel = map.stride(1), row = map.size(3) * map.stride(3), image = map.size(2) * map.stride(2);
   return channel > 0 && map.size(0) > 0 && map.stride(3) >= map.size(1) * channel && map.stride(2) >= row &&
