@@ -1,4 +1,5 @@
-"""What the normalisation ops share: checks of weight and bias, casts under autocast, vmap one by one."""
+"""What the normalisation ops share: checks of weight and bias, casts under autocast, vmap one by one, gradients of maps
+with a residual and an activation."""
 
 from __future__ import annotations
 
@@ -8,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyvision_kernels import _activation
 from pyvision_kernels._check import FLOATING, require, require_tensors
 
 _DTYPES = frozenset(FLOATING)
 HALF = (torch.float16, torch.bfloat16)
+_BY_KERNEL = (0, 1, 2)  # none, relu, relu6: activations whose gradient the kernels take
 
 
 def opmath(dtype: torch.dtype) -> torch.dtype:
@@ -106,6 +109,83 @@ def one_by_one(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
         return stacked, (0,) * len(stacked)
 
     return vmap
+
+
+def each_map(op: Callable[..., Any]) -> Callable[..., Any]:
+    """A vmap rule of op(input, residual, ...): one by one."""
+
+    def each(input, residual, *rest):
+        input = laid_out(input)
+        return op(input, None if residual is None else as_map(input, residual), *rest)
+
+    return one_by_one(each)
+
+
+def each_gradient(op: Callable[..., Any]) -> Callable[..., Any]:
+    """A vmap rule of op(grad, input, output, stats, ...): one by one."""
+
+    def each(grad, input, output, stats, *rest):
+        input = laid_out(input)
+        output = None if output is None else as_map(input, output)
+        return op(as_map(input, grad), input, output, stats.contiguous(), *rest)
+
+    return one_by_one(each)
+
+
+def fake_gradients(grad, input, output, stats, weight, bias, *rest):
+    made = zip((input, input, weight, bias), rest[-4:], strict=True)
+    return tuple(torch.empty_like(like) if needed else input.new_empty((0,)) for like, needed in made)
+
+
+def wide(tensor: Any) -> Any:
+    """In float32 beside 16 bits: a derivative that jumps is taken on the right side."""
+    return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.float()
+
+
+def gradients(
+    ctx: Any,
+    grad: Tensor,
+    input: Tensor,
+    result: Tensor | None,
+    stats: Tensor,
+    weight: Tensor | None,
+    how: Any,
+    op: Callable[..., tuple[Tensor, ...]],
+    normalize: Callable[[], Tensor],
+    differentiable: Callable[[Tensor], tuple[Tensor | None, ...]],
+) -> tuple[Tensor | None, ...]:
+    """Of input, residual, weight and bias: what a norm with residual and activation gives back.
+
+    Args:
+        result: Of the forward, where the activation's gradient is taken by it.
+        how: What ``op`` is told beside the activation.
+        op: The kernel of the backward.
+        normalize: What the activation was given, again.
+        differentiable: Gradients of input, weight and bias from the one before the activation, in steps that can be
+            differentiated again.
+    """
+    needs_input, needs_residual, needs_weight, needs_bias = needs = ctx.needs_input_grad[:4]
+    activation = ctx.activation
+
+    def before(grad: Tensor) -> Tensor:
+        at: Any = normalize() if _activation.needs_input(activation) else result
+        return _activation.backward(activation, grad, at).to(input.dtype)
+
+    found: tuple[Tensor | None, ...]
+    if torch.is_grad_enabled():
+        grad = grad if activation == 0 else before(grad)
+        by_input, by_weight, by_bias = differentiable(grad)
+        found = by_input, grad, by_weight, by_bias
+    else:
+        if activation not in _BY_KERNEL:
+            grad, activation, result = before(grad), 0, None
+        grad = as_map(input, grad)
+        bias = bias_like(ctx.bias_dtype, weight, input) if needs_bias else None
+        by_kernel = needs_residual and activation != 0
+        which = needs_input, by_kernel, needs_weight, needs_bias
+        by_input, by_residual, *rest = op(grad, input, result, stats, weight, bias, how, activation, *which)
+        found = by_input, by_residual if by_kernel else grad, *rest
+    return tuple(value if needed else None for value, needed in zip(found, needs, strict=True))
 
 
 def batched(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:

@@ -14,21 +14,23 @@ from pyvision_kernels._check import require
 from pyvision_kernels._norm import (
     HALF,
     as_map,
-    bias_like,
     check_input,
     check_residual,
     check_vectors,
     dense,
+    each_gradient,
+    each_map,
+    fake_gradients,
+    gradients,
     is_uniform,
     laid_out,
-    one_by_one,
     opmath,
     require_all_tensors,
+    wide,
 )
 from pyvision_kernels._op import Op, declare
 
 _OP = "batch_norm"
-_BY_KERNEL = (0, 1, 2)  # none, relu, relu6: activations whose gradient the kernel takes
 
 
 def _check(input, residual, weight, bias, running_mean, running_var, training) -> None:
@@ -52,11 +54,6 @@ def _fake(input, residual, weight, bias, running_mean, running_var, training, ep
     return torch.empty_like(input), input.new_empty((3, input.shape[1]), dtype=opmath(input.dtype))
 
 
-def _fake_backward(grad, input, output, stats, weight, bias, training, activation, *needs):
-    made = zip((input, input, weight, bias), needs, strict=True)
-    return tuple(torch.empty_like(like) if needed else input.new_empty((0,)) for like, needed in made)
-
-
 def _setup(ctx, inputs, output):
     input, residual, weight, bias, running_mean, running_var, ctx.training, ctx.eps, ctx.activation = inputs
     result, stats = output
@@ -70,86 +67,36 @@ def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(stats)
 
 
-def _before(ctx, grad, saved):
-    """The gradient before the activation, in differentiable steps."""
-    input, residual, bias, weight, mean, var, at, _ = saved
-    if _activation.needs_input(ctx.activation):
-        # In float32 beside 16 bits: a derivative that jumps is taken on the right side.
-        wide = [
-            value if value is None or value.dtype == torch.float64 else value.float()
-            for value in (input, residual, weight, bias, mean, var)
-        ]
-        at = batch_norm_op(*wide, ctx.training, ctx.eps, 0)[0]
-    return _activation.backward(ctx.activation, grad, at).to(input.dtype)
-
-
 def _backward(ctx, grad, _):
-    saved = ctx.saved_tensors
-    input, _, _, weight, mean, var, result, stats = saved
-    needs_input, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
-    activation = ctx.activation
-    if torch.is_grad_enabled():  # PyTorch's is differentiable again
-        grad = by_residual = grad if activation == 0 else _before(ctx, grad, saved)
-        needs = (needs_input, needs_weight, needs_bias)
-        by_input, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
+    input, residual, bias, weight, mean, var, result, stats = ctx.saved_tensors
+
+    def normalize():
+        return batch_norm_op(*map(wide, (input, residual, weight, bias, mean, var)), ctx.training, ctx.eps, 0)[0]
+
+    def differentiable(grad):  # PyTorch's is
+        needs = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
+        return torch.ops.aten.native_batch_norm_backward(
             grad, input, weight, mean, var, stats[0], stats[1], ctx.training, ctx.eps, needs
         )
-    else:
-        if activation not in _BY_KERNEL:
-            grad, activation, result = _before(ctx, grad, saved), 0, None
-        grad = as_map(input, grad)
-        by_kernel = needs_residual and activation != 0
-        by_input, by_residual, by_weight, by_bias = batch_norm_backward_op(
-            grad,
-            input,
-            result,
-            stats,
-            weight,
-            bias_like(ctx.bias_dtype, weight, input) if needs_bias else None,
-            ctx.training,
-            activation,
-            needs_input,
-            by_kernel,
-            needs_weight,
-            needs_bias,
-        )
-        by_residual = by_residual if by_kernel else grad
-    return (
-        by_input if needs_input else None,
-        by_residual if needs_residual else None,
-        by_weight if needs_weight else None,
-        by_bias if needs_bias else None,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
+
+    given = input, result, stats, weight, ctx.training
+    found = gradients(ctx, grad, *given, batch_norm_backward_op, normalize, differentiable)
+    return *found, None, None, None, None, None
 
 
-def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    return one_by_one(_each)(info, in_dims, *args)
+def _vmap(*args: Any) -> Any:
+    return each_map(batch_norm_op)(*args)
 
 
-def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> Any:
-    return one_by_one(_each_backward)(info, in_dims, *args)
-
-
-def _each(input, residual, *rest):
-    input = laid_out(input)
-    return batch_norm_op(input, None if residual is None else as_map(input, residual), *rest)
-
-
-def _each_backward(grad, input, output, *rest):
-    input = laid_out(input)
-    return batch_norm_backward_op(as_map(input, grad), input, None if output is None else as_map(input, output), *rest)
+def _vmap_backward(*args: Any) -> Any:
+    return each_gradient(batch_norm_backward_op)(*args)
 
 
 batch_norm_backward_op: Op = declare(
     "_batch_norm_backward(Tensor grad, Tensor input, Tensor? output, Tensor stats, Tensor? weight, Tensor? bias, "
     "bool training, int activation, bool needs_input, bool needs_residual, bool needs_weight, bool needs_bias) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake_backward,
+    fake=fake_gradients,
     vmap=_vmap_backward,
 )
 

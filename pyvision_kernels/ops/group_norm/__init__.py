@@ -13,25 +13,27 @@ from pyvision_kernels._check import require
 from pyvision_kernels._norm import (
     as_map,
     batched,
-    bias_like,
     cast_as_torch,
     check_input,
     check_residual,
     check_vectors,
     dense,
+    each_gradient,
+    each_map,
+    fake_gradients,
     fits,
+    gradients,
     is_small,
     is_uniform,
     laid_out,
-    one_by_one,
     opmath,
     require_all_tensors,
+    wide,
 )
 from pyvision_kernels._op import Op, declare
 from pyvision_kernels.ops.group_norm import reference
 
 _OP = "group_norm"
-_BY_KERNEL = (0, 1, 2)  # none, relu, relu6: activations whose gradient the kernel takes
 
 
 def _check(input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, groups: int) -> None:
@@ -51,11 +53,6 @@ def _fake(input, residual, weight, bias, groups, eps, activation):
     return torch.empty_like(input), input.new_empty((2, input.shape[0], groups), dtype=opmath(input.dtype))
 
 
-def _fake_backward(grad, input, output, stats, weight, bias, groups, activation, *needs):
-    made = zip((input, input, weight, bias), needs, strict=True)
-    return tuple(torch.empty_like(like) if needed else input.new_empty((0,)) for like, needed in made)
-
-
 def _setup(ctx, inputs, output):
     input, residual, weight, bias, ctx.groups, ctx.eps, ctx.activation = inputs
     result, stats = output
@@ -67,77 +64,34 @@ def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(stats)
 
 
-def _wide(tensor: Any) -> Any:
-    return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.float()
-
-
-def _before(ctx, grad, saved):
-    """The gradient before the activation, in differentiable steps."""
-    input, residual, bias, weight, at, _ = saved
-    if _activation.needs_input(ctx.activation):
-        # In float32 beside 16 bits: a derivative that jumps is taken on the right side.
-        at = group_norm_op(*map(_wide, (input, residual, weight, bias)), ctx.groups, ctx.eps, 0)[0]
-    return _activation.backward(ctx.activation, grad, at).to(input.dtype)
-
-
-def _differentiable_backward(ctx, grad, saved):
-    """As the kernel's, in steps that can be differentiated again."""
-    input, _, _, weight, _, _ = saved
-    size = (input.shape[0], ctx.groups, -1)
-    x, g = _wide(input).reshape(size), _wide(grad).reshape(*input.shape[:2], -1)
-    x = x - x.mean(-1, keepdim=True)
-    rstd = (x.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
-    y = x * rstd
-    weighed = (g if weight is None else g * _wide(weight)[:, None]).reshape(size)
-    slope = weighed - weighed.mean(-1, keepdim=True) - y * (weighed * y).mean(-1, keepdim=True)
-    by_input = (slope * rstd).reshape(input.shape).to(input.dtype)
-    by_weight = None if weight is None else (g * y.reshape(g.shape)).sum((0, 2)).to(weight.dtype)
-    by_bias = None if ctx.bias_dtype is None else g.sum((0, 2)).to(ctx.bias_dtype)
-    return by_input, by_weight, by_bias
-
-
 def _backward(ctx, grad, _):
-    saved = ctx.saved_tensors
-    input, _, _, weight, result, stats = saved
-    needs_input, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
-    activation = ctx.activation
-    if torch.is_grad_enabled():
-        grad = by_residual = grad if activation == 0 else _before(ctx, grad, saved)
-        by_input, by_weight, by_bias = _differentiable_backward(ctx, grad, saved)
-    else:
-        if activation not in _BY_KERNEL:
-            grad, activation, result = _before(ctx, grad, saved), 0, None
-        grad = as_map(input, grad)
-        by_kernel = needs_residual and activation != 0
-        by_input, by_residual, by_weight, by_bias = group_norm_backward_op(
-            grad,
-            input,
-            result,
-            stats,
-            weight,
-            bias_like(ctx.bias_dtype, weight, input) if needs_bias else None,
-            ctx.groups,
-            activation,
-            needs_input,
-            by_kernel,
-            needs_weight,
-            needs_bias,
-        )
-        by_residual = by_residual if by_kernel else grad
-    return (
-        by_input if needs_input else None,
-        by_residual if needs_residual else None,
-        by_weight if needs_weight else None,
-        by_bias if needs_bias else None,
-        None,
-        None,
-        None,
-    )
+    input, residual, bias, weight, result, stats = ctx.saved_tensors
+
+    def normalize():
+        return group_norm_op(*map(wide, (input, residual, weight, bias)), ctx.groups, ctx.eps, 0)[0]
+
+    def differentiable(grad):
+        size = (input.shape[0], ctx.groups, -1)
+        x, g = wide(input).reshape(size), wide(grad).reshape(*input.shape[:2], -1)
+        x = x - x.mean(-1, keepdim=True)
+        rstd = (x.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
+        y = x * rstd
+        weighed = (g if weight is None else g * wide(weight)[:, None]).reshape(size)
+        slope = weighed - weighed.mean(-1, keepdim=True) - y * (weighed * y).mean(-1, keepdim=True)
+        by_input = (slope * rstd).reshape(input.shape).to(input.dtype)
+        by_weight = None if weight is None else (g * y.reshape(g.shape)).sum((0, 2)).to(weight.dtype)
+        by_bias = None if ctx.bias_dtype is None else g.sum((0, 2)).to(ctx.bias_dtype)
+        return by_input, by_weight, by_bias
+
+    given = input, result, stats, weight, ctx.groups
+    found = gradients(ctx, grad, *given, group_norm_backward_op, normalize, differentiable)
+    return *found, None, None, None
 
 
 def _vmap(info, in_dims, input, residual, weight, bias, groups, eps, activation):
     if in_dims[2] is not None or in_dims[3] is not None:
-        return one_by_one(_each)(info, in_dims, input, residual, weight, bias, groups, eps, activation)
+        given = input, residual, weight, bias, groups, eps, activation
+        return each_map(group_norm_op)(info, in_dims, *given)
     # Samples are normalised by themselves: those of all items are one batch.
     many: Any = batched(input, in_dims[0], info.batch_size)
     rest = batched(residual, in_dims[1], info.batch_size)
@@ -147,26 +101,15 @@ def _vmap(info, in_dims, input, residual, weight, bias, groups, eps, activation)
     return (output.unflatten(0, size), stats.unflatten(1, size).movedim(1, 0)), (0, 0)
 
 
-def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> Any:
-    return one_by_one(_each_backward)(info, in_dims, *args)
-
-
-def _each(input, residual, *rest):
-    input = laid_out(input)
-    return group_norm_op(input, None if residual is None else as_map(input, residual), *rest)
-
-
-def _each_backward(grad, input, output, stats, *rest):
-    input = laid_out(input)
-    output = None if output is None else as_map(input, output)
-    return group_norm_backward_op(as_map(input, grad), input, output, stats.contiguous(), *rest)
+def _vmap_backward(*args: Any) -> Any:
+    return each_gradient(group_norm_backward_op)(*args)
 
 
 group_norm_backward_op: Op = declare(
     "_group_norm_backward(Tensor grad, Tensor input, Tensor? output, Tensor stats, Tensor? weight, Tensor? bias, "
     "int groups, int activation, bool needs_input, bool needs_residual, bool needs_weight, bool needs_bias) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake_backward,
+    fake=fake_gradients,
     vmap=_vmap_backward,
 )
 
