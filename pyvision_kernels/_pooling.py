@@ -1,4 +1,4 @@
-"""What the pooling ops share: windows from arguments, sizes of outputs and their errors, layouts, batches of vmap."""
+"""What the pooling ops share: windows from arguments, sizes of outputs and their errors, layouts, linear operators."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyvision_kernels._backend import CHOICE
 from pyvision_kernels._check import FLOATING, require, require_tensors
+from pyvision_kernels._op import Op, declare
 
 _WHOLE = (Integral, torch.SymInt)
 _MOST = 2**31 - 1
@@ -203,3 +204,55 @@ def batched(op: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: 
         parts.append(part.unflatten(0, (size, part.shape[0] // size)) if part.dim() == 4 else part)
         dims.append(0 if part.dim() == 4 else None)
     return tuple(parts), tuple(dims)
+
+
+def declare_linear(name: str, what: str, how: str) -> tuple[Op, Op]:
+    """Declares an operator on maps that is linear, and its backward, whose own backward is the forward.
+
+    Args:
+        what: The name of its list of numbers.
+        how: The arguments behind the sizes, as in a schema.
+    """
+    count = 1 + how.count(",")
+
+    def fake(input, numbers, rows, columns, *rest):
+        check_map(name, input, any_size=True)
+        return empty(input, (*input.shape[:2], rows, columns), is_channels_last(input))
+
+    def setup(ctx, inputs, output):
+        input, ctx.numbers, _, _, *ctx.how = inputs
+        ctx.size = input.shape[2:]
+        ctx.channels_last = is_channels_last(input)
+
+    def backward(ctx, grad):
+        return backward_op(grad, ctx.numbers, *ctx.size, *ctx.how, ctx.channels_last), *(None,) * (3 + count)
+
+    def fake_backward(grad, numbers, height, width, *rest):
+        require(grad.dim() == 4, f"_{name}_backward", "grad to have 4 dimensions [N, C, OH, OW]", grad.shape)
+        return empty(grad, (*grad.shape[:2], height, width), rest[-1])
+
+    def setup_double(ctx, inputs, output):
+        grad, ctx.numbers, _, _, *ctx.how, _ = inputs
+        ctx.size = grad.shape[2:]
+
+    def backward_double(ctx, grad):
+        return op(grad, ctx.numbers, *ctx.size, *ctx.how), *(None,) * (4 + count)
+
+    op = declare(
+        f"{name}(Tensor input, int[] {what}, SymInt rows, SymInt columns, {how}) -> Tensor",
+        fake=fake,
+        setup_context=setup,
+        backward=backward,
+        autocast=lambda *args: args,
+        vmap=lambda *args: batched(op, *args),
+    )
+    backward_op = declare(
+        f"_{name}_backward(Tensor grad, int[] {what}, SymInt height, SymInt width, {how}, bool channels_last) "
+        "-> Tensor",
+        fake=fake_backward,
+        setup_context=setup_double,
+        backward=backward_double,
+        autocast=lambda *args: args,
+        vmap=lambda *args: batched(backward_op, *args),
+    )
+    return op, backward_op

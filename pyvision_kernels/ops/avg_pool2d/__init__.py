@@ -9,67 +9,10 @@ from torch.nn import functional as F
 
 from pyvision_kernels import _pooling
 from pyvision_kernels._check import require
-from pyvision_kernels._op import declare
 from pyvision_kernels._pooling import Numbers
 
-
-def _fake(input, window, rows, columns, count_include_pad, divisor):
-    _pooling.check_map("avg_pool2d", input, any_size=True)
-    return _pooling.empty(input, (*input.shape[:2], rows, columns), _pooling.is_channels_last(input))
-
-
-def _setup(ctx, inputs, output):
-    input, ctx.window, _, _, *ctx.how = inputs
-    ctx.size = input.shape[2:]
-    ctx.channels_last = _pooling.is_channels_last(input)
-
-
-def _backward(ctx, grad):
-    return avg_pool2d_backward_op(grad, ctx.window, *ctx.size, *ctx.how, ctx.channels_last), *(None,) * 5
-
-
-def _vmap(info, in_dims, *args):
-    return _pooling.batched(avg_pool2d_op, info, in_dims, *args)
-
-
-avg_pool2d_op = declare(
-    "avg_pool2d(Tensor input, int[] window, SymInt rows, SymInt columns, bool count_include_pad, int divisor) "
-    "-> Tensor",
-    fake=_fake,
-    setup_context=_setup,
-    backward=_backward,
-    autocast=lambda *args: args,
-    vmap=_vmap,
-)
-
-
-def _fake_backward(grad, window, height, width, count_include_pad, divisor, channels_last):
-    require(grad.dim() == 4, "_avg_pool2d_backward", "grad to have 4 dimensions [N, C, OH, OW]", grad.shape)
-    return _pooling.empty(grad, (*grad.shape[:2], height, width), channels_last)
-
-
-def _setup_double(ctx, inputs, output):
-    grad, ctx.window, _, _, *ctx.how, _ = inputs
-    ctx.size = grad.shape[2:]
-
-
-def _backward_double(ctx, grad):
-    # The backward is the forward's transpose: its own is the forward.
-    return avg_pool2d_op(grad, ctx.window, *ctx.size, *ctx.how), *(None,) * 6
-
-
-def _vmap_backward(info, in_dims, *args):
-    return _pooling.batched(avg_pool2d_backward_op, info, in_dims, *args)
-
-
-avg_pool2d_backward_op = declare(
-    "_avg_pool2d_backward(Tensor grad, int[] window, SymInt height, SymInt width, bool count_include_pad, "
-    "int divisor, bool channels_last) -> Tensor",
-    fake=_fake_backward,
-    setup_context=_setup_double,
-    backward=_backward_double,
-    autocast=lambda *args: args,
-    vmap=_vmap_backward,
+avg_pool2d_op, avg_pool2d_backward_op = _pooling.declare_linear(
+    "avg_pool2d", "window", "bool count_include_pad, int divisor"
 )
 
 

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from pyvision_kernels import _pooling
 from pyvision_kernels._backend import CHOICE
 from pyvision_kernels._check import require, require_tensors
-from pyvision_kernels._op import declare
 from pyvision_kernels.ops.avg_pool2d import adaptive_avg_pool2d
 
 # The numbers of the filters in csrc/ops/interpolate/interpolate.h.
@@ -31,63 +30,8 @@ _FILTERS = {
 _CHOICES = ("nearest", "nearest-exact", "area")  # modes without align_corners
 
 
-def _fake(input, filters, rows, columns, align_corners, row_factor, column_factor):
-    _pooling.check_map("interpolate", input, any_size=True)
-    return _pooling.empty(input, (*input.shape[:2], rows, columns), _pooling.is_channels_last(input))
-
-
-def _setup(ctx, inputs, output):
-    input, ctx.filters, _, _, *ctx.how = inputs
-    ctx.size = input.shape[2:]
-    ctx.channels_last = _pooling.is_channels_last(input)
-
-
-def _backward(ctx, grad):
-    return interpolate_backward_op(grad, ctx.filters, *ctx.size, *ctx.how, ctx.channels_last), *(None,) * 6
-
-
-def _vmap(info, in_dims, *args):
-    return _pooling.batched(interpolate_op, info, in_dims, *args)
-
-
-interpolate_op = declare(
-    "interpolate(Tensor input, int[] filters, SymInt rows, SymInt columns, bool align_corners, float row_factor, "
-    "float column_factor) -> Tensor",
-    fake=_fake,
-    setup_context=_setup,
-    backward=_backward,
-    autocast=lambda *args: args,
-    vmap=_vmap,
-)
-
-
-def _fake_backward(grad, filters, height, width, align_corners, row_factor, column_factor, channels_last):
-    require(grad.dim() == 4, "_interpolate_backward", "grad to have 4 dimensions [N, C, OH, OW]", grad.shape)
-    return _pooling.empty(grad, (*grad.shape[:2], height, width), channels_last)
-
-
-def _setup_double(ctx, inputs, output):
-    grad, ctx.filters, _, _, *ctx.how, _ = inputs
-    ctx.size = grad.shape[2:]
-
-
-def _backward_double(ctx, grad):
-    # The backward is the forward's transpose: its own is the forward.
-    return interpolate_op(grad, ctx.filters, *ctx.size, *ctx.how), *(None,) * 7
-
-
-def _vmap_backward(info, in_dims, *args):
-    return _pooling.batched(interpolate_backward_op, info, in_dims, *args)
-
-
-interpolate_backward_op = declare(
-    "_interpolate_backward(Tensor grad, int[] filters, SymInt height, SymInt width, bool align_corners, "
-    "float row_factor, float column_factor, bool channels_last) -> Tensor",
-    fake=_fake_backward,
-    setup_context=_setup_double,
-    backward=_backward_double,
-    autocast=lambda *args: args,
-    vmap=_vmap_backward,
+interpolate_op, interpolate_backward_op = _pooling.declare_linear(
+    "interpolate", "filters", "bool align_corners, float row_factor, float column_factor"
 )
 
 
