@@ -11,9 +11,14 @@ import torch
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def require(condition: bool, op: str, expected: str, value: Any) -> None:
-    """Raises RuntimeError in the project's words unless the condition holds."""
+def require(condition: bool, op: str, expected: str, value: Any, *given: Any) -> None:
+    """Raises RuntimeError in the project's words unless the condition holds.
+
+    Args:
+        given: What the braces of ``expected`` stand for, where those are sizes that torch.compile may not know.
+    """
     if not condition:
+        expected = expected.format(*given) if given else expected
         value = list(value) if isinstance(value, torch.Size) else value
         raise RuntimeError(f"{op}: expected {expected}, but got {value}")
 

@@ -44,7 +44,7 @@ def window_of(op: str, kernel_size: Any, stride: Any, padding: Any, dilation: An
     around = numbers_of(op, "padding", padding, 0, count)
     spread = numbers_of(op, "dilation", dilation, 1, count)
     for taps, pixels in zip(kernel, around, strict=True):
-        require(2 * pixels <= taps, op, f"padding to be at most half of kernel_size, {kernel_size}", padding)
+        require(2 * pixels <= taps, op, "padding to be at most half of kernel_size, {}", padding, kernel_size)
     for taps, distance in zip(kernel, spread, strict=True):
         reach = (taps - 1) * distance
         require(reach < _MOST, op, f"windows of at most {_MOST} pixels", reach + 1)
@@ -63,8 +63,10 @@ def output_size(op: str, window: list[int], size: Sequence[Any], ceil_mode: bool
         require(
             rest >= 0 or (ceil_mode and rest > -stride),
             op,
-            f"input to have a padded {name} of at least {reach}, the reach of a window",
+            "input to have a padded {} of at least {}, the reach of a window",
             length + 2 * padding,
+            name,
+            reach,
         )
         count = (rest + (stride - 1 if ceil_mode else 0)) // stride + 1
         if ceil_mode and (count - 1) * stride >= length + padding:

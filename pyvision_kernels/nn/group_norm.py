@@ -50,7 +50,7 @@ class GroupNorm(Activated, nn.GroupNorm):
         options: dict[str, Any] = {"residual": residual, "activation": self.activation}
         if is_traced(input):
             return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **options)
-        if is_for_torch(input):
+        if is_for_torch(input) or input.numel() == 0:
             return self.finished(input, super().forward(input), residual)
         try:
             return run(input, self.num_groups, self.weight, self.bias, self.eps, **options)

@@ -82,7 +82,7 @@ def peer(input: Tensor, weight: Tensor, bias: Tensor | None = None, **options: A
     out = reference.conv2d(input, weight, bias, **options)
     if scale is not None or shift is not None:
         like = scale if scale is not None else shift
-        out = F.batch_norm(out, torch.zeros_like(like), torch.ones_like(like), scale, shift, eps=0.0)
+        out = F.batch_norm(out, torch.zeros_like(like), torch.ones_like(like), scale, shift, eps=1e-30)
     if residual is not None:
         out = out.add_(residual)
     if activation in ("relu", "relu6", "silu", "hardswish"):

@@ -112,8 +112,10 @@ def conv_transpose2d(
     require(
         input.shape[1] == weight.shape[0] and weight.shape[0] % groups == 0,
         op,
-        f"input to have the channels of weight, {weight.shape[0]}, in a multiple of groups {groups}",
+        "input to have the channels of weight, {}, in a multiple of groups {}",
         input.shape,
+        weight.shape[0],
+        groups,
     )
     require(input.dtype == weight.dtype, op, f"weight to be {input.dtype} as input is", weight.dtype)
     require(weight.shape[2] > 0 and weight.shape[3] > 0, op, "weight to have at least one tap", weight.shape)
