@@ -34,12 +34,12 @@ def complete_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tenso
 def pairwise(boxes1: Tensor, boxes2: Tensor, kind: str, fmt: str = "xyxy", eps: float = 0.0) -> Tensor:
     low1, high1, size1 = (part.unsqueeze(-2) for part in _corners(boxes1, fmt))  # [..., N, 1, 2]
     low2, high2, size2 = (part.unsqueeze(-3) for part in _corners(boxes2, fmt))  # [..., 1, M, 2]
-    inter = _area((torch.min(high1, high2) - torch.max(low1, low2)).clamp(min=0))
+    inter = _area(_positive(torch.min(high1, high2) - torch.max(low1, low2)))
     union = _area(size1) + (_area(size2) - inter)
     iou = inter / union
     if kind == "plain":
         return iou
-    enclosing = (torch.max(high1, high2) - torch.min(low1, low2)).clamp(min=0)
+    enclosing = _positive(torch.max(high1, high2) - torch.min(low1, low2))
     if kind == "generalized":
         area = _area(enclosing)
         return iou - (area - union) / area
@@ -51,6 +51,11 @@ def pairwise(boxes1: Tensor, boxes2: Tensor, kind: str, fmt: str = "xyxy", eps: 
     v = 4 / math.pi**2 * turn.pow(2)
     alpha = (v / (1 - iou + v + eps)).detach()
     return diou - alpha * v
+
+
+def _positive(length: Tensor) -> Tensor:
+    """clamp(min=0), with the gradient zero at zero, of boxes that touch; that of clamp there is not every PyTorch's."""
+    return torch.where(length > 0, length, length.detach().clamp(min=0))
 
 
 def _corners(boxes: Tensor, fmt: str) -> tuple[Tensor, Tensor, Tensor]:
