@@ -13,6 +13,8 @@ inline constexpr int64_t kPiece = 16384;  // elements of the map that a thread g
 
 // Planes, and channels_last maps with few channels: registers along rows.
 void forward_rows(const AvgPool2dParams& p);
+// Planes with wide or uneven windows.
+void forward_windows(const AvgPool2dParams& p);
 void backward_rows(const AvgPool2dParams& p);
 // channels_last: registers along channels.
 void forward_channels(const AvgPool2dParams& p);
