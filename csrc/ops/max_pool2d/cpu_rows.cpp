@@ -290,6 +290,7 @@ bool windows_have_pixels(const MaxPool2dParams& p) {
 template <bool kPlaces, typename scalar_t>
 void pool_rows(const MaxPool2dParams& given) {
   MaxPool2dParams p = given;
+  make_plain(p.rows, p.columns);
   // The whole map in one window, where rows follow each other, is one row.
   if (covers_the_map(p.rows) && covers_the_map(p.columns) &&
       p.map_stride[2] == p.columns.size * (p.channels_last ? p.C : 1)) {
