@@ -40,9 +40,9 @@ void scatter(const MaxPool2dParams& p) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t plane = task / bands, first = task % bands * band, last = min_of(first + band, H);
       scalar_t* const target = static_cast<scalar_t*>(p.map) + (plane * H + first) * W * G;
-      // As far from a cache line's begin as the target.
-      T* sums = scratch.data() + reinterpret_cast<uintptr_t>(target) % kLine / sizeof(scalar_t);
-      if constexpr (sizeof(T) == sizeof(scalar_t)) sums = past ? sums : target;
+      T* sums = scratch.data();
+      if constexpr (sizeof(T) == sizeof(scalar_t))
+        sums = past ? sums + reinterpret_cast<uintptr_t>(target) % kLine / sizeof(T) : target;
       const int64_t elements = (last - first) * W * G;
       fill(sums, elements, T(0));
       const int64_t from = p.rows.outputs_of(first).begin, to = p.rows.outputs_of(last - 1).end;
@@ -72,10 +72,78 @@ void scatter(const MaxPool2dParams& p) {
   });
 }
 
+PVK_INLINE Mask<float> load_places(const int32_t* source, int64_t count, float) {
+  Mask<float> places{};
+  if (count >= kLanes<float>) {
+    std::memcpy(&places, source, sizeof(places));
+    return places;
+  }
+#if defined(__AVX512F__)
+  return (Mask<float>)_mm512_maskz_loadu_epi32(__mmask16((1u << count) - 1), source);
+#endif
+  for (int64_t i = 0; i < count; ++i) places[i] = source[i];
+  return places;
+}
+PVK_INLINE Mask<double> load_places(const int32_t* source, int64_t count, double) {
+  Mask<double> places{};
+  for (int64_t i = 0; i < kLanes<double> && i < count; ++i) places[i] = source[i];
+  return places;
+}
+
+// Disjoint windows of 2 x 2 that begin with the map: each pixel takes the gradient of its window, or none.
+template <typename scalar_t>
+void take_halved(const MaxPool2dParams& p) {
+  using T = opmath_t<scalar_t>;
+  using P = place_t<T>;
+  constexpr int64_t kLane = kLanes<T>;
+  const int64_t H = p.rows.size, W = p.columns.size, OH = p.rows.outputs, OW = p.columns.outputs;
+  const Mask<T> lane = lane_numbers<T>(std::make_integer_sequence<int, kLanes<T>>{});
+  parallel_for(p.N * p.C, max_of<int64_t>(1, kPiece / (H * W)), [&](int64_t begin, int64_t end) {
+    for (int64_t plane = begin; plane < end; ++plane) {
+      const scalar_t* const grad = static_cast<const scalar_t*>(p.pooled) + plane * OH * OW;
+      const int32_t* const places = p.places + plane * OH * OW;
+      scalar_t* const target = static_cast<scalar_t*>(p.map) + plane * H * W;
+      for (int64_t y = 0; y < H; y += 2) {
+        const int64_t oh = y / 2, rows = min_of(H - y, int64_t(2));
+        for (int64_t i = 0; 2 * i < W; i += kLane) {
+          Vec<T> value{};
+          Mask<T> place = Mask<T>{} - 1;
+          if (oh < OH && i < OW) {
+            value = load_some(grad + oh * OW + i, OW - i);
+            place = load_places(places + oh * OW + i, OW - i, T());
+          }
+          for (int64_t r = 0; r < rows; ++r) {
+            const Mask<T> here = 2 * lane + P((y + r) * W + 2 * i);
+            const Vec<T> even = (Vec<T>)((Mask<T>)value & (place == here));
+            const Vec<T> odd = (Vec<T>)((Mask<T>)value & (place == here + 1));
+            Vec<T> low, high;
+            interleave<T>(even, odd, low, high);
+            scalar_t* const to = target + (y + r) * W + 2 * i;
+            store_some(to, low, W - 2 * i);
+            if (W - 2 * i > kLane) store_some(to + kLane, high, W - 2 * i - kLane);
+          }
+        }
+      }
+    }
+  });
+}
+
+bool has_halved_planes(const MaxPool2dParams& p) {
+  for (const PoolAxis& a : {p.rows, p.columns})
+    if (a.kernel != 2 || a.stride != 2 || a.padding != 0 || a.dilation != 1) return false;
+  return !p.channels_last || p.C == 1;
+}
+
 }  // namespace
 
-void backward_rows(const MaxPool2dParams& p) {
-  dispatch_floating(p.dtype, [&](auto scalar) { scatter<decltype(scalar)>(p); });
+void backward_rows(const MaxPool2dParams& given) {
+  MaxPool2dParams p = given;
+  make_plain(p.rows, p.columns);
+  dispatch_floating(p.dtype, [&](auto scalar) {
+    using scalar_t = decltype(scalar);
+    if (has_halved_planes(p)) return take_halved<scalar_t>(p);
+    scatter<scalar_t>(p);
+  });
 }
 
 }  // namespace pvk::max_pool2d::PVK_ISA
