@@ -90,6 +90,10 @@ struct RowSpread {
       const T* const even = scratch + (padding & 1) * phase + padding / 2;
       const T* const odd = scratch + ((padding + 1) & 1) * phase + (padding + 1) / 2;
       for (int64_t x = 0; x < W; x += 2 * kLane) {
+        if constexpr (kSplitsPairs<scalar_t>) {
+          store_elements(row + x, Pair<T>(load(even + x / 2), load(odd + x / 2)), kPair<scalar_t>);
+          continue;
+        }
         Vec<T> low, high;
         interleave<T>(load(even + x / 2), load(odd + x / 2), low, high);
         store(row + x, low);
@@ -146,6 +150,10 @@ void spread_halved(const AvgPool2dParams& p) {
           interleave<T>(value, value, low, high);
           for (int64_t r = 0; r < rows; ++r) {
             scalar_t* const to = target + (y + r) * W + 2 * i;
+            if constexpr (kSplitsPairs<scalar_t>) {
+              store_elements(to, Pair<T>(value, value), min_of<int64_t>(W - 2 * i, kPair<scalar_t>));
+              continue;
+            }
             store_some(to, low, W - 2 * i);
             if (W - 2 * i > kLane) store_some(to + kLane, high, W - 2 * i - kLane);
           }

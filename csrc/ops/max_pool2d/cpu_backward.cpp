@@ -116,9 +116,13 @@ void take_halved(const MaxPool2dParams& p) {
             const Mask<T> here = 2 * lane + P((y + r) * W + 2 * i);
             const Vec<T> even = (Vec<T>)((Mask<T>)value & (place == here));
             const Vec<T> odd = (Vec<T>)((Mask<T>)value & (place == here + 1));
+            scalar_t* const to = target + (y + r) * W + 2 * i;
+            if constexpr (kSplitsPairs<scalar_t>) {
+              store_elements(to, Pair<T>(even, odd), min_of<int64_t>(W - 2 * i, kPair<scalar_t>));
+              continue;
+            }
             Vec<T> low, high;
             interleave<T>(even, odd, low, high);
-            scalar_t* const to = target + (y + r) * W + 2 * i;
             store_some(to, low, W - 2 * i);
             if (W - 2 * i > kLane) store_some(to + kLane, high, W - 2 * i - kLane);
           }
