@@ -149,10 +149,14 @@ def _is_for_torch_anyway(input: Tensor) -> bool:
 
 
 def is_unpooled_by_torch(input: Tensor) -> bool:
-    """`is_for_torch` of max_unpool2d: on the CPU PyTorch's was measured faster on small maps, and with a gradient."""
+    """`is_for_torch` of max_unpool2d: on the CPU PyTorch's was measured faster on small maps, and with a gradient of
+    channels_last ones.
+    """
     if CHOICE.backend != "auto" or input.is_cuda:
         return _is_for_torch_anyway(input)
-    return may_get_gradient(input) or (not torch.compiler.is_compiling() and input.numel() < _LARGE)
+    if input.dim() == 4 and is_channels_last(input) and may_get_gradient(input):
+        return True
+    return not torch.compiler.is_compiling() and input.numel() < _SMALL
 
 
 def is_for_torch(

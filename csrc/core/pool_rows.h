@@ -22,6 +22,21 @@ struct RowPlan {
   int64_t tap_place[kMostTaps];  // where tap 0, 1, ... of output 0 lies
 };
 
+// An adaptive axis whose outputs divide its size is a plain one.
+PVK_INLINE PoolAxis plain_where_even(const PoolAxis& axis) {
+  if (axis.kernel != 0 || axis.outputs == 0 || axis.size % axis.outputs != 0) return axis;
+  const int64_t pixels = axis.size / axis.outputs;
+  return {axis.size, axis.outputs, pixels, pixels, 0, 1};
+}
+
+// Both axes plain where both are even.
+PVK_INLINE void make_plain(PoolAxis& rows, PoolAxis& columns) {
+  const PoolAxis plain_rows = plain_where_even(rows), plain_columns = plain_where_even(columns);
+  if (plain_rows.kernel == 0 || plain_columns.kernel == 0) return;
+  rows = plain_rows;
+  columns = plain_columns;
+}
+
 template <typename T>
 RowPlan plan_row(const PoolAxis& rows, const PoolAxis& columns, int64_t group) {
   constexpr int64_t kLane = kLanes<T>;
@@ -32,7 +47,7 @@ RowPlan plan_row(const PoolAxis& rows, const PoolAxis& columns, int64_t group) {
   plan.pitch = ceil_div(plan.outputs, kLane) * kLane;
   const int64_t reach = (columns.kernel - 1) * columns.dilation + 1;
   plan.phased = columns.kernel > 0 && columns.kernel <= kMostTaps && reach <= kMostReach &&
-                columns.stride <= kMostPhases && columns.kernel < columns.size + columns.padding &&
+                columns.stride <= (group == 1 ? 2 : kMostPhases) && columns.kernel < columns.size + columns.padding &&
                 (rows.kernel - 1) * rows.dilation < kMostReach;
   if (!plan.phased) return plan;
   plan.taps = columns.kernel;

@@ -40,6 +40,24 @@ PVK_INLINE void end_of_streams() {
 #endif
 }
 
+// Copies rows that were made in a buffer to an output; `past` the caches, where an output is larger than they are.
+PVK_INLINE void copy_out(void* target, const void* source, int64_t bytes, [[maybe_unused]] bool past) {
+#if defined(__AVX512F__)
+  constexpr int64_t kLine = 64;
+  if (past && bytes >= 2 * kLine) {
+    char* const to = static_cast<char*>(target);
+    const char* const from = static_cast<const char*>(source);
+    int64_t i = int64_t(-reinterpret_cast<uintptr_t>(target) % kLine);
+    std::memcpy(to, from, size_t(i));
+    for (; i + kLine <= bytes; i += kLine)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+    std::memcpy(to + i, from + i, size_t(bytes - i));
+    return;
+  }
+#endif
+  std::memcpy(target, source, size_t(bytes));
+}
+
 // The bits of bfloat16 in the high half of each lane, rounded to nearest even; NaN stays NaN.
 PVK_INLINE VecU32 round_to_high_half(Vec<float> value) {
   const VecU32 bits = (VecU32)value;

@@ -1,6 +1,6 @@
-// The gradient of average pooling on the CPU for planes, and for channels_last maps with few channels.
+// The gradient of average pooling on the CPU for channels_last maps with few channels.
 //
-// A task is some planes. The gradients of the outputs above and below a row, divided as their windows were, are added;
+// A task is some images. The gradients of the outputs above and below a row, divided as their windows were, are added;
 // then each pixel of the row adds those of the outputs beside it: for each residue modulo the stride, registers of
 // neighbouring outputs. Rows under the same outputs are equal.
 #include "core/dispatch.h"
@@ -36,19 +36,6 @@ template <typename scalar_t, typename T>
 PVK_INLINE void copy_from_phases(const PoolAxis& a, int64_t G, const T* phases, int64_t pitch, scalar_t* row) {
   const int64_t stride = a.stride, padding = a.padding, W = a.size;
   if (stride == 1) return write_row<scalar_t, T>(phases + padding * G, W * G, row);
-  if (stride == 2 && G == 1) {
-    const T* const even = phases + (padding & 1) * pitch + padding / 2;
-    const T* const odd = phases + ((padding + 1) & 1) * pitch + (padding + 1) / 2;
-    int64_t x = 0;
-    for (; x + 2 * kLanes<T> <= W; x += 2 * kLanes<T>) {
-      Vec<T> low, high;
-      interleave<T>(load(even + x / 2), load(odd + x / 2), low, high);
-      store(row + x, low);
-      store(row + x + kLanes<T>, high);
-    }
-    for (; x < W; ++x) row[x] = from_float<scalar_t>((x & 1 ? odd : even)[x / 2]);
-    return;
-  }
   for (int64_t residue = 0; residue < min_of(stride, W); ++residue) {
     const int64_t place = padding + residue;
     const T* from = phases + place % stride * pitch + place / stride * G;
@@ -57,61 +44,12 @@ PVK_INLINE void copy_from_phases(const PoolAxis& a, int64_t G, const T* phases, 
   }
 }
 
-// One window for a whole plane: its gradient for every pixel.
-template <typename scalar_t>
-void spread_global(const AvgPool2dParams& p) {
-  using T = opmath_t<scalar_t>;
-  const int64_t count = p.columns.size;
-  const T divisor = T(p.divisor_of(p.rows, true, 0)) * T(p.divisor_of(p.columns, false, 0));
-  parallel_for(p.N * p.C, max_of<int64_t>(1, kPiece / count), [&](int64_t begin, int64_t end) {
-    for (int64_t plane = begin; plane < end; ++plane) {
-      const scalar_t value = from_float<scalar_t>(T(to_float(static_cast<const scalar_t*>(p.pooled)[plane])) / divisor);
-      fill(static_cast<scalar_t*>(p.map) + plane * count, count, value);
-    }
-  });
-}
-
-// Disjoint windows of 2 x 2 that begin with the map: each gradient for four pixels.
-template <typename scalar_t>
-void spread_halved(const AvgPool2dParams& p) {
-  using T = opmath_t<scalar_t>;
-  constexpr int64_t kLane = kLanes<T>;
-  const int64_t H = p.rows.size, W = p.columns.size, OH = p.rows.outputs, OW = p.columns.outputs;
-  Buffer<T> divisors(ceil_div(OW, kLane) * kLane);
-  column_divisors(p, 1, ceil_div(OW, kLane) * kLane, divisors.data());
-  parallel_for(p.N * p.C, max_of<int64_t>(1, kPiece / (H * W)), [&](int64_t begin, int64_t end) {
-    for (int64_t plane = begin; plane < end; ++plane) {
-      const scalar_t* const grad = static_cast<const scalar_t*>(p.pooled) + plane * OH * OW;
-      scalar_t* const target = static_cast<scalar_t*>(p.map) + plane * H * W;
-      for (int64_t y = 0; y < H; y += 2) {
-        const int64_t oh = y / 2, rows = min_of(H - y, int64_t(2));
-        const T row_divisor = oh < OH ? T(p.divisor_of(p.rows, true, oh)) : T(1);
-        for (int64_t i = 0; 2 * i < W; i += kLane) {
-          Vec<T> value{}, low, high;
-          if (oh < OH && i < OW) value = load_some(grad + oh * OW + i, OW - i) / (load(&divisors[i]) * row_divisor);
-          interleave<T>(value, value, low, high);
-          for (int64_t r = 0; r < rows; ++r) {
-            scalar_t* const to = target + (y + r) * W + 2 * i;
-            store_some(to, low, W - 2 * i);
-            if (W - 2 * i > kLane) store_some(to + kLane, high, W - 2 * i - kLane);
-          }
-        }
-      }
-    }
-  });
-}
-
 template <typename scalar_t>
 void spread(const AvgPool2dParams& given) {
   using T = opmath_t<scalar_t>;
   constexpr int64_t kLane = kLanes<T>;
   const AvgPool2dParams p = with_joined_rows(given);
   const RowPlan plan = plan_row<T>(p.rows, p.columns, p.channels_last ? p.C : 1);
-  if (plan.group == 1 && p.rows.size == 1 && covers_the_map(p.rows) && covers_the_map(p.columns))
-    return spread_global<scalar_t>(p);
-  if (has_small_windows(p.rows, p.columns, plan.group) && p.columns.kernel == 2 && p.columns.stride == 2 &&
-      p.rows.stride == 2 && p.rows.padding == 0 && p.columns.padding == 0 && p.columns.outputs > 0)
-    return spread_halved<scalar_t>(p);
   const Spread<T> layout(p, plan);
   const int64_t G = plan.group, planes = p.N * (G == 1 ? p.C : 1), H = p.rows.size, row = plan.columns;
   const int64_t OW = p.columns.outputs, stride = p.columns.stride;
@@ -169,6 +107,7 @@ void spread(const AvgPool2dParams& given) {
 }  // namespace
 
 void backward_rows(const AvgPool2dParams& p) {
+  if (!p.channels_last || p.C == 1) return backward_planes(p);
   dispatch_floating(p.dtype, [&](auto scalar) { spread<decltype(scalar)>(p); });
 }
 

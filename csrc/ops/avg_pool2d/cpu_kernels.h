@@ -13,7 +13,10 @@ inline constexpr int64_t kPiece = 16384;  // elements of the map that a thread g
 
 // Planes, and channels_last maps with few channels: registers along rows.
 void forward_rows(const AvgPool2dParams& p);
+// Planes with wide or uneven windows.
+void forward_windows(const AvgPool2dParams& p);
 void backward_rows(const AvgPool2dParams& p);
+void backward_planes(const AvgPool2dParams& p);
 // channels_last: registers along channels.
 void forward_channels(const AvgPool2dParams& p);
 void backward_channels(const AvgPool2dParams& p);
@@ -21,6 +24,7 @@ void backward_channels(const AvgPool2dParams& p);
 // The whole map in one window, where rows follow each other, is one row.
 PVK_INLINE AvgPool2dParams with_joined_rows(const AvgPool2dParams& given) {
   AvgPool2dParams p = given;
+  make_plain(p.rows, p.columns);
   if (!covers_the_map(p.rows) || !covers_the_map(p.columns) ||
       p.map_stride[2] != p.columns.size * (p.channels_last ? p.C : 1))
     return p;

@@ -1,7 +1,7 @@
 // Average pooling of planes on the CPU, and of channels_last maps with few channels: registers along rows.
 //
 // A task owns a band of output rows of a plane. An input row is summed along itself once, to as many sums as the output
-// has, and a window's rows are added. Wide or uneven windows are summed down first, and then along the row.
+// has, and a window's rows are added.
 #include "core/dispatch.h"
 #include "core/parallel.h"
 #include "ops/avg_pool2d/cpu_kernels.h"
@@ -77,31 +77,6 @@ void pool_small(const AvgPool2dParams& p, const RowPlan& plan) {
   });
 }
 
-// One window for a whole plane that is one row.
-template <typename scalar_t>
-void pool_global(const AvgPool2dParams& p) {
-  using T = opmath_t<scalar_t>;
-  constexpr int64_t kLane = kLanes<T>, kBlock = 32 * kLane;
-  const int64_t count = p.columns.size;
-  const T divisor = T(p.divisor_of(p.rows, true, 0)) * T(p.divisor_of(p.columns, false, 0));
-  parallel_for(p.N * p.C, max_of<int64_t>(1, kPiece / max_of<int64_t>(1, count)), [&](int64_t begin, int64_t end) {
-    for (int64_t plane = begin; plane < end; ++plane) {
-      const int64_t n = plane / p.C, c = plane % p.C;
-      const scalar_t* const map = static_cast<const scalar_t*>(p.map) + n * p.map_stride[0] + c * p.map_stride[1];
-      Vec<T> sum{};
-      for (int64_t i = 0; i < count;) {  // in blocks, whose sums are then added
-        Vec<T> block{};
-        const int64_t stop = min_of(i + kBlock, count);
-        for (; i + kLane <= stop; i += kLane) block += load(map + i);
-        if (i < stop) block += load_first(map + i, stop - i), i = stop;
-        sum += block;
-      }
-      static_cast<scalar_t*>(p.pooled)[n * p.pooled_stride[0] + c * p.pooled_stride[1]] =
-          from_float<scalar_t>(sum_lanes<T>(sum) / divisor);
-    }
-  });
-}
-
 template <typename scalar_t>
 void pool_phased(const AvgPool2dParams& p, const RowPlan& plan) {
   using T = opmath_t<scalar_t>;
@@ -146,28 +121,9 @@ void pool_phased(const AvgPool2dParams& p, const RowPlan& plan) {
   });
 }
 
-// The sum of values[0, step, ... below count): in blocks, whose sums are then added.
-template <typename T>
-PVK_INLINE T sum_window(const T* values, int64_t count, int64_t step) {
-  constexpr int64_t kLane = kLanes<T>, kBlock = 32 * kLane;
-  T total = 0;
-  int64_t i = 0;
-  if (step == 1 && count >= 2 * kLane) {
-    Vec<T> lanes{};
-    while (i + kLane <= count) {
-      Vec<T> block{};
-      const int64_t stop = min_of(i + kBlock, count);
-      for (; i + kLane <= stop; i += kLane) block += load(values + i);
-      lanes += block;
-    }
-    total = sum_lanes<T>(lanes);
-  }
-  for (; i < count; i += step) total += values[i];
-  return total;
-}
-
+// Wide or uneven windows of groups.
 template <typename scalar_t>
-void pool_windows(const AvgPool2dParams& p, const RowPlan& plan) {
+void pool_groups(const AvgPool2dParams& p, const RowPlan& plan) {
   using T = opmath_t<scalar_t>;
   constexpr int64_t kLane = kLanes<T>, kBlock = 32;
   const Planes<scalar_t> planes(p, plan);
@@ -196,8 +152,8 @@ void pool_windows(const AvgPool2dParams& p, const RowPlan& plan) {
           scalar_t* const to = output + oh * p.pooled_stride[2];
           for (int64_t o = 0; o < p.columns.outputs; ++o)
             for (int64_t c = 0; c < G; ++c) {
-              const int64_t count = (windows[o].end - windows[o].begin) * G - c;
-              const T sum = sum_window<T>(&sums[windows[o].begin * G + c], count, G);
+              T sum = 0;
+              for (int64_t x = windows[o].begin; x < windows[o].end; ++x) sum += sums[x * G + c];
               to[o * G + c] = from_float<scalar_t>(sum / (divisors[o * G] * row_divisor));
             }
         }
@@ -210,9 +166,8 @@ template <typename scalar_t>
 void pool_rows(const AvgPool2dParams& given) {
   AvgPool2dParams p = with_joined_rows(given);
   const RowPlan plan = plan_row<opmath_t<scalar_t>>(p.rows, p.columns, p.channels_last ? p.C : 1);
-  if (plan.group == 1 && p.rows.size == 1 && covers_the_map(p.rows) && covers_the_map(p.columns))
-    return pool_global<scalar_t>(p);
-  if (!plan.phased) return pool_windows<scalar_t>(p, plan);
+  if (plan.group == 1 && (!plan.phased || (p.rows.outputs == 1 && p.columns.outputs == 1))) return forward_windows(p);
+  if (!plan.phased) return pool_groups<scalar_t>(p, plan);
   switch (has_small_windows(p.rows, p.columns, plan.group) ? p.columns.kernel * 2 + p.columns.stride - 1 : 0) {
     case 4:
       return pool_small<2, 1, scalar_t>(p, plan);

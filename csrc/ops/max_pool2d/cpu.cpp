@@ -26,7 +26,11 @@ int64_t unpool_typed(const MaxUnpool2dParams& p) {
       const scalar_t* const source = static_cast<const scalar_t*>(p.input) + plane * in;
       const int64_t* const places = p.places + plane * in;
       __builtin_memset(target, 0, size_t(out) * sizeof(scalar_t));
-      for (int64_t i = 0; i < p.pixels_in; ++i)
+      int64_t first = 0;
+      if (G == 1) {  // up to a place that is outside
+        for (; first < in && uint64_t(places[first]) < uint64_t(out); ++first) target[places[first]] = source[first];
+      }
+      for (int64_t i = first; i < p.pixels_in; ++i)
         for (int64_t c = 0; c < G; ++c) {
           const int64_t element = i * G + c, place = places[element];
           if (place >= 0 && place < p.pixels_out) {

@@ -10,6 +10,8 @@ using namespace pvk::PVK_ISA;
 
 // Planes, and channels_last maps with few channels: registers along rows.
 void forward_rows(const MaxPool2dParams& p);
+// Planes with wide or uneven windows that all have a pixel; columns are not dilated.
+void forward_windows(const MaxPool2dParams& p);
 void backward_rows(const MaxPool2dParams& p);
 // channels_last: registers along channels.
 void forward_channels(const MaxPool2dParams& p);

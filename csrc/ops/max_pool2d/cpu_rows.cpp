@@ -195,23 +195,13 @@ void pool_small(const MaxPool2dParams& p, const RowPlan& plan) {
   });
 }
 
-// ---- wide or uneven windows ----
+// ---- wide or uneven windows of groups, or dilated ones ----
 
 // Whether a value at a place comes before the best so far.
 template <typename T>
 PVK_INLINE bool precedes(T value, int64_t place, T best, int64_t best_place) {
   if (value != value) return best == best || place > best_place;
   return value > best || (value == best && place < best_place);
-}
-
-// The same of registers. Columns were reduced before: a later column may have the earlier place.
-template <typename T>
-PVK_INLINE void take_preceding(Vec<T>& best, Mask<T>& best_place, Vec<T> value, Mask<T> place) {
-  const Mask<T> is_nan = value != value, earlier = place < best_place;
-  const Mask<T> wins =
-      (value > best) | ((value == best) & earlier) | (is_nan & ((best == best) | (place > best_place)));
-  best = (Vec<T>)(((Mask<T>)value & wins) | ((Mask<T>)best & ~wins));
-  best_place = (place & wins) | (best_place & ~wins);
 }
 
 template <typename T>
@@ -224,24 +214,7 @@ struct Maximum {
 template <bool kPlaces, typename T>
 PVK_INLINE Maximum<T> reduce_window(const T* values, const place_t<T>* places, int64_t count, int64_t step) {
   Maximum<T> best{values[0], kPlaces ? int64_t(places[0]) : 0};
-  int64_t i = step;
-  if (step == 1 && count >= 2 * kLanes<T>) {
-    Vec<T> lanes = load(values);
-    Mask<T> lane_places{};
-    if constexpr (kPlaces) lane_places = load_mask<T>(places);
-    for (i = kLanes<T>; i + kLanes<T> <= count; i += kLanes<T>) {
-      if constexpr (kPlaces) {
-        take_preceding<T>(lanes, lane_places, load(values + i), load_mask<T>(places + i));
-      } else {
-        take_larger<false>(lanes, lane_places, load(values + i), lane_places);
-      }
-    }
-    best = {lanes[0], int64_t(lane_places[0])};
-    for (int lane = 1; lane < kLanes<T>; ++lane)
-      if (precedes<T>(lanes[lane], lane_places[lane], best.value, best.place))
-        best = {lanes[lane], int64_t(lane_places[lane])};
-  }
-  for (; i < count; i += step) {
+  for (int64_t i = step; i < count; i += step) {
     const int64_t place = kPlaces ? int64_t(places[i]) : 0;
     if (precedes(values[i], place, best.value, best.place)) best = {values[i], place};
   }
@@ -249,7 +222,7 @@ PVK_INLINE Maximum<T> reduce_window(const T* values, const place_t<T>* places, i
 }
 
 template <bool kPlaces, typename scalar_t>
-void pool_windows(const MaxPool2dParams& p, const RowPlan& plan) {
+void pool_groups(const MaxPool2dParams& p, const RowPlan& plan) {
   using T = opmath_t<scalar_t>;
   using P = place_t<T>;
   const Planes<scalar_t> planes(p, plan);
@@ -317,6 +290,7 @@ bool windows_have_pixels(const MaxPool2dParams& p) {
 template <bool kPlaces, typename scalar_t>
 void pool_rows(const MaxPool2dParams& given) {
   MaxPool2dParams p = given;
+  make_plain(p.rows, p.columns);
   // The whole map in one window, where rows follow each other, is one row.
   if (covers_the_map(p.rows) && covers_the_map(p.columns) &&
       p.map_stride[2] == p.columns.size * (p.channels_last ? p.C : 1)) {
@@ -324,7 +298,8 @@ void pool_rows(const MaxPool2dParams& given) {
     p.rows = {1, 1, 0, 1, 0, 1};
   }
   const RowPlan plan = plan_row<opmath_t<scalar_t>>(p.rows, p.columns, p.channels_last ? p.C : 1);
-  if (!plan.phased) return pool_windows<kPlaces, scalar_t>(p, plan);
+  if (plan.group == 1 && !plan.phased && p.columns.dilation == 1 && windows_have_pixels(p)) return forward_windows(p);
+  if (!plan.phased) return pool_groups<kPlaces, scalar_t>(p, plan);
   const bool small = has_small_windows(p.rows, p.columns, plan.group) && windows_have_pixels(p);
   switch (small ? p.columns.kernel * 2 + p.columns.stride - 1 : 0) {
     case 4:

@@ -111,7 +111,11 @@ def _setup_unpool(ctx, inputs, output):
 
 
 def _backward_unpool(ctx, grad):
-    return _read(grad, ctx.saved_tensors[0]), None, None, None
+    (indices,) = ctx.saved_tensors
+    if grad.device.type != "cpu":
+        return _read(grad, indices), None, None, None
+    # There the forward has refused indices outside of the map.
+    return grad.flatten(2).gather(2, indices.flatten(2)).reshape(indices.shape), None, None, None
 
 
 def _cast_unpool(input, *rest):
