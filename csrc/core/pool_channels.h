@@ -86,6 +86,21 @@ struct ChannelsMap {
   }
 };
 
+// Backward: rows of outputs that row y + 1 of the map reads, and row y does not; where y is the last of an image, those
+// of the image after it. `pooled` is that of image n.
+template <typename value_t>
+PVK_INLINE Ahead ahead_of_outputs(const PoolAxis& rows, const value_t* pooled, const int64_t* stride, int64_t y,
+                                  bool last_image) {
+  const bool below = y + 1 < rows.size;
+  if (!below && last_image) return {};
+  PoolRange next = rows.outputs_of(below ? y + 1 : 0);
+  if (below) next.begin = max_of(next.begin, rows.outputs_of(y).end);
+  const int64_t bytes = (next.end - next.begin) * stride[2] * int64_t(sizeof(value_t));
+  if (bytes <= 0 || bytes > kMostAhead) return {};
+  const uintptr_t at = reinterpret_cast<uintptr_t>(pooled + (below ? 0 : stride[0]) + next.begin * stride[2]);
+  return {at, at + uintptr_t(bytes)};
+}
+
 // body.operator()<pairs, whether the last is whole>(channel, channels of the last).
 template <typename scalar_t, typename Body>
 PVK_INLINE void for_channels(int64_t begin, int64_t end, const Body& body) {

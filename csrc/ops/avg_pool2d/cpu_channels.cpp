@@ -177,29 +177,78 @@ void pool(const AvgPool2dParams& p) {
   });
 }
 
+template <bool kPast, typename scalar_t, typename T>
+PVK_INLINE void write_gradient(scalar_t* target, const Pair<T>& sum, int64_t count) {
+  if constexpr (kPast) {
+    stream_elements(target, sum);
+  } else {
+    store_elements(target, sum, count);
+  }
+}
+
+// The windows that a row of the map is in, of all its columns.
+template <typename scalar_t, typename T>
+struct Givers {
+  const scalar_t* grad;
+  PoolRange rows;
+  const PoolRange* columns;
+  const T* row_factors;
+  const T* column_factors;
+};
+
 // kPairs of channels of one pixel of the map, the last with `count`. Past the caches where the gradient is larger than
 // they are.
 template <int kPairs, bool kWhole, bool kPast, typename scalar_t, typename T>
-PVK_INLINE void gather_pixel(const AvgPool2dParams& p, const scalar_t* grad, const PoolRange& rows,
-                             const PoolRange& columns, const T* row_factors, const T* column_factors, scalar_t* target,
-                             int64_t count) {
+PVK_INLINE void gather_pixel(const AvgPool2dParams& p, const Givers<scalar_t, T>& from, const PoolRange& columns,
+                             int64_t c, scalar_t* target, int64_t count) {
   constexpr int64_t kStep = kPair<scalar_t>;
   Pair<T> sum[kPairs];
-  for (int64_t oh = rows.begin; oh < rows.end; ++oh)
+  for (int64_t oh = from.rows.begin; oh < from.rows.end; ++oh)
     for (int64_t ow = columns.begin; ow < columns.end; ++ow) {
-      const scalar_t* const from = grad + oh * p.pooled_stride[2] + ow * p.pooled_stride[3];
-      const Pair<T> factor(row_factors[oh] * column_factors[ow]);
+      const scalar_t* const grad = from.grad + oh * p.pooled_stride[2] + ow * p.C + c;
+      const Pair<T> factor(from.row_factors[oh] * from.column_factors[ow]);
 #pragma GCC unroll 4
       for (int v = 0; v < kPairs; ++v)
-        sum[v] = fma(load_elements(from + v * kStep, kWhole || v + 1 < kPairs ? kStep : count), factor, sum[v]);
+        sum[v] = fma(load_elements(grad + v * kStep, kWhole || v + 1 < kPairs ? kStep : count), factor, sum[v]);
     }
 #pragma GCC unroll 4
-  for (int v = 0; v < kPairs; ++v) {
-    if constexpr (kPast && kWhole) {
-      stream_elements(target + v * kStep, sum[v]);
-    } else {
-      store_elements(target + v * kStep, sum[v], kWhole || v + 1 < kPairs ? kStep : count);
+  for (int v = 0; v < kPairs; ++v)
+    write_gradient<kPast && kWhole>(target + v * kStep, sum[v], kWhole || v + 1 < kPairs ? kStep : count);
+}
+
+// A row of the map of which pixels share windows: sums of the windows above each other, then of those beside each
+// other.
+template <int kPairs, bool kWhole, bool kPast, typename scalar_t, typename T>
+PVK_INLINE void gather_row(const AvgPool2dParams& p, const Givers<scalar_t, T>& from, int64_t c, T* sums,
+                           scalar_t* target, int64_t count, Ahead& ahead) {
+  constexpr int64_t kStep = kPair<scalar_t>, kLane = kLanes<T>;
+  for (int64_t ow = 0; ow < p.columns.outputs; ++ow) {
+    Pair<T> sum[kPairs];
+    const scalar_t* at = from.grad + from.rows.begin * p.pooled_stride[2] + ow * p.C + c;
+    for (int64_t oh = from.rows.begin; oh < from.rows.end; ++oh, at += p.pooled_stride[2]) {
+      const Pair<T> factor(from.row_factors[oh] * from.column_factors[ow]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kPairs; ++v)
+        sum[v] = fma(load_elements(at + v * kStep, kWhole || v + 1 < kPairs ? kStep : count), factor, sum[v]);
     }
+#pragma GCC unroll 4
+    for (int v = 0; v < kPairs; ++v) {
+      store(sums + (ow * kPairs + v) * kStep, sum[v].first);
+      store(sums + (ow * kPairs + v) * kStep + kLane, sum[v].second);
+    }
+    ahead.ask(kLinesOf<scalar_t, kPairs>);
+  }
+  for (int64_t x = 0; x < p.columns.size; ++x, target += p.C) {
+    Pair<T> sum[kPairs];
+    for (int64_t ow = from.columns[x].begin; ow < from.columns[x].end; ++ow)
+#pragma GCC unroll 4
+      for (int v = 0; v < kPairs; ++v) {
+        const T* const given = sums + (ow * kPairs + v) * kStep;
+        sum[v] = sum[v] + Pair<T>(load(given), load(given + kLane));
+      }
+#pragma GCC unroll 4
+    for (int v = 0; v < kPairs; ++v)
+      write_gradient<kPast && kWhole>(target + v * kStep, sum[v], kWhole || v + 1 < kPairs ? kStep : count);
   }
 }
 
@@ -212,20 +261,32 @@ void gather(const AvgPool2dParams& p) {
   Buffer<T> row_factors(OH), column_factors(OW);
   for (int64_t o = 0; o < OH; ++o) row_factors[o] = T(1) / T(p.divisor_of(p.rows, true, o));
   for (int64_t o = 0; o < OW; ++o) column_factors[o] = T(1) / T(p.divisor_of(p.columns, false, o));
+  const bool shares = p.columns.stride < p.columns.kernel;
+  const bool asks = p.N * H * p.C * W * int64_t(sizeof(scalar_t)) >= kLeastAhead;
   parallel_for(p.N * H, max_of<int64_t>(1, kPiece / (p.C * W)), [&](int64_t begin, int64_t end) {
+    Buffer<T> sums;
+    if (shares) sums.reserve(OW * 2 * kPair<scalar_t>);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / H, y = i % H;
-      const PoolRange rows = p.rows.outputs_of(y);
       const scalar_t* const grad = static_cast<const scalar_t*>(p.pooled) + n * p.pooled_stride[0];
-      for (int64_t x = 0; x < W; ++x) {
-        scalar_t* const target =
-            static_cast<scalar_t*>(p.map) + n * p.map_stride[0] + y * p.map_stride[2] + x * p.map_stride[3];
+      const Givers<scalar_t, T> from{grad, p.rows.outputs_of(y), columns.data(), row_factors.data(),
+                                     column_factors.data()};
+      Ahead ahead;
+      if (asks) ahead = ahead_of_outputs(p.rows, grad, p.pooled_stride, y, n + 1 == p.N);
+      scalar_t* const row = static_cast<scalar_t*>(p.map) + n * p.map_stride[0] + y * p.map_stride[2];
+      if (shares) {
         for_channels<scalar_t>(
             0, p.C, [&]<int kPairs, bool kWhole>(int64_t c, int64_t count) __attribute__((always_inline)) {
-              gather_pixel<kPairs, kWhole, kPast, scalar_t, T>(p, grad + c, rows, columns[x], row_factors.data(),
-                                                               column_factors.data(), target + c, count);
+              gather_row<kPairs, kWhole, kPast, scalar_t, T>(p, from, c, sums.data(), row + c, count, ahead);
             });
+        continue;
       }
+      for (int64_t x = 0; x < W; ++x)
+        for_channels<scalar_t>(
+            0, p.C, [&]<int kPairs, bool kWhole>(int64_t c, int64_t count) __attribute__((always_inline)) {
+              gather_pixel<kPairs, kWhole, kPast, scalar_t, T>(p, from, columns[x], c, row + x * p.C + c, count);
+              ahead.ask(kLinesOf<scalar_t, kPairs>);
+            });
     }
     if constexpr (kPast) end_of_streams();
   });

@@ -243,18 +243,26 @@ void gather(const MaxPool2dParams& p) {
   Buffer<PoolRange> columns(W);
   for (int64_t x = 0; x < W; ++x) columns[x] = p.columns.outputs_of(x);
   const int64_t work = max_of<int64_t>(1, p.C * W);
+  const bool asks = p.N * H * p.C * W * int64_t(sizeof(scalar_t)) >= kLeastAhead;
   parallel_for(p.N * H, max_of<int64_t>(1, kPiece / work), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / H, y = i % H;
       const PoolRange rows = p.rows.outputs_of(y);
       const scalar_t* const grad = static_cast<const scalar_t*>(p.pooled) + n * p.pooled_stride[0];
       const int32_t* const places = p.places + n * p.pooled_stride[0];
+      Ahead more_grads, more_places;
+      if (asks) {
+        more_grads = ahead_of_outputs(p.rows, grad, p.pooled_stride, y, n + 1 == p.N);
+        more_places = ahead_of_outputs(p.rows, places, p.pooled_stride, y, n + 1 == p.N);
+      }
       for (int64_t x = 0; x < W; ++x) {
         scalar_t* const target =
             static_cast<scalar_t*>(p.map) + n * p.map_stride[0] + y * p.map_stride[2] + x * p.map_stride[3];
         const Mask<T> here = Mask<T>{} + place_t<T>(y * W + x);
         for_channels<scalar_t>(0, p.C,
                                [&]<int kPairs, bool kWhole>(int64_t c, int64_t count) __attribute__((always_inline)) {
+                                 more_grads.ask(kLinesOf<scalar_t, kPairs>);
+                                 more_places.ask(kLinesOf<int32_t, kPairs>);
                                  gather_pixel<kPairs, kWhole, kPast, scalar_t, T>(p, grad + c, places + c, rows,
                                                                                   columns[x], here, target + c, count);
                                });
