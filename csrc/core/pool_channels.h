@@ -45,8 +45,8 @@ struct ChannelsMap {
               const PoolAxis& columns)
       : data(static_cast<const scalar_t*>(map)), N(N), C(C), stride(stride), rows(rows), columns(columns) {
     const int64_t row = C * columns.size;
-    at_once = rows.stride < rows.kernel ? rows.kernel : kRowsAtOnce;
     asks = N * rows.size * row * int64_t(sizeof(scalar_t)) >= kLeastAhead && stride[2] <= row + row / 4;
+    at_once = asks && rows.stride >= rows.kernel ? kRowsAtOnce : max_of(rows.kernel, rows.size);
   }
 
   PVK_INLINE PoolRange group(const PoolRange& window, int64_t y) const {
@@ -101,11 +101,13 @@ PVK_INLINE Ahead ahead_of_outputs(const PoolAxis& rows, const value_t* pooled, c
   return {at, at + uintptr_t(bytes)};
 }
 
-// body.operator()<pairs, whether the last is whole>(channel, channels of the last).
-template <typename scalar_t, typename Body>
+// body.operator()<pairs, whether the last is whole>(channel, channels of the last), kMost pairs at once.
+template <typename scalar_t, int kMost = 2, typename Body>
 PVK_INLINE void for_channels(int64_t begin, int64_t end, const Body& body) {
   constexpr int64_t kStep = kPair<scalar_t>;
   int64_t c = begin;
+  if constexpr (kMost > 2)
+    for (; c + kMost * kStep <= end; c += kMost * kStep) body.template operator()<kMost, true>(c, kStep);
   for (; c + 2 * kStep <= end; c += 2 * kStep) body.template operator()<2, true>(c, kStep);
   for (; c + kStep <= end; c += kStep) body.template operator()<1, true>(c, kStep);
   if (c < end) body.template operator()<1, false>(c, end - c);
