@@ -101,13 +101,11 @@ PVK_INLINE Ahead ahead_of_outputs(const PoolAxis& rows, const value_t* pooled, c
   return {at, at + uintptr_t(bytes)};
 }
 
-// body.operator()<pairs, whether the last is whole>(channel, channels of the last), kMost pairs at once.
-template <typename scalar_t, int kMost = 2, typename Body>
+// body.operator()<pairs, whether the last is whole>(channel, channels of the last).
+template <typename scalar_t, typename Body>
 PVK_INLINE void for_channels(int64_t begin, int64_t end, const Body& body) {
   constexpr int64_t kStep = kPair<scalar_t>;
   int64_t c = begin;
-  if constexpr (kMost > 2)
-    for (; c + kMost * kStep <= end; c += kMost * kStep) body.template operator()<kMost, true>(c, kStep);
   for (; c + 2 * kStep <= end; c += 2 * kStep) body.template operator()<2, true>(c, kStep);
   for (; c + kStep <= end; c += kStep) body.template operator()<1, true>(c, kStep);
   if (c < end) body.template operator()<1, false>(c, end - c);

@@ -10,8 +10,6 @@
 namespace pvk::avg_pool2d::PVK_ISA {
 namespace {
 
-constexpr int kMostPairs = kRegisterBytes == 64 ? 4 : 2;  // sums of a window that stay in registers
-
 // a / b, of which the reciprocal is known: what it misses is added, so that the result is the division's.
 template <typename T>
 PVK_INLINE Vec<T> divide(Vec<T> a, T b, [[maybe_unused]] T reciprocal) {
@@ -161,7 +159,7 @@ void pool(const AvgPool2dParams& p) {
         for (int64_t ow = 0; ow < OW; ++ow) {
           taps.columns = max_of<int64_t>(0, windows[ow].end - windows[ow].begin);
           const scalar_t* const from = taps.columns == 0 ? line : line + windows[ow].begin * p.C;
-          for_channels<scalar_t, kMostPairs>(
+          for_channels<scalar_t>(
               c0, c1, [&]<int kPairs, bool kWhole>(int64_t c, int64_t count) __attribute__((always_inline)) {
                 const auto pixel = [&]<int K>() __attribute__((always_inline)) {
                   average_pixel<kPairs, kWhole, K, scalar_t, T>(
