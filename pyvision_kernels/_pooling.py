@@ -139,6 +139,7 @@ def may_get_gradient(input: Tensor) -> bool:
 _FEW = 8  # channels: with fewer ours run along rows in channels_last too
 _SMALL = 1 << 15  # elements of a map that the call itself takes longer than
 _MEDIUM, _LARGE = 1 << 17, 1 << 19  # the same beside PyTorch's vectorised kernels, without and with a gradient
+_VERY_LARGE = 1 << 21  # the same for averages of 16-bit types without a gradient
 
 
 def _is_for_torch_anyway(input: Tensor) -> bool:
@@ -165,8 +166,8 @@ def is_for_torch(
     """Whether PyTorch's kernels run: `pvk.backend` says so, or with "auto" where they were measured faster.
 
     On the CPU PyTorch's are scalar in the contiguous layout and vectorised in channels_last, where they are ahead on
-    small maps, in averages of 16-bit types without a gradient and in the gradient of adaptive maxima; they are too
-    where one window is the whole map.
+    small maps (larger ones in averages of 16-bit types without a gradient) and in the gradient of adaptive maxima; they
+    are too where one window is the whole map.
 
     Args:
         of_maxima: Not of averages.
@@ -188,7 +189,7 @@ def is_for_torch(
         return trains and input.numel() < _SMALL
     if of_maxima:
         return (adaptive or input.numel() < _LARGE) if trains else input.numel() < _MEDIUM
-    return input.numel() < _LARGE or (not trains and input.element_size() == 2)
+    return input.numel() < (_VERY_LARGE if not trains and input.element_size() == 2 else _LARGE)
 
 
 def fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:

@@ -1,4 +1,6 @@
-// The CPU's kernels of maps.h. A piece of work is some pixels with all their channels; of kMean, some channels.
+// The CPU's kernels of maps.h. A piece of work is some pixels with all their channels; poolings are those of the ops.
+#include <cstring>
+
 #include "core/dispatch.h"
 #include "core/epilogue.h"
 #include "core/isa.h"
@@ -7,6 +9,8 @@
 #include "core/simd.h"
 #include "core/simd_partial.h"
 #include "graph/maps.h"
+#include "ops/avg_pool2d/avg_pool2d.h"
+#include "ops/max_pool2d/max_pool2d.h"
 
 namespace pvk::graph {
 namespace PVK_ISA {
@@ -47,59 +51,6 @@ PVK_INLINE void store_some(scalar_t* target, Vec<opmath_t<scalar_t>> value, int6
   }
 }
 
-// Sums of rows, then of these: the error grows with the root of a side.
-template <typename scalar_t>
-void mean(const MapParams& p) {
-  using T = opmath_t<scalar_t>;
-  const Memory<scalar_t> memory(p);
-  constexpr int64_t kBlock = 4 * kLanes<T>;
-  const int64_t blocks = ceil_div(p.C, kBlock);
-  parallel_for(p.N * blocks, max_of<int64_t>(1, kPiece / max_of<int64_t>(1, kBlock * p.H * p.W)),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t i = begin; i < end; ++i) {
-                   const int64_t n = i / blocks, first = i % blocks * kBlock, last = min_of(p.C, first + kBlock);
-                   for_vectors<T>(first, last, [&](int64_t c, int64_t count) {
-                     const scalar_t* from = memory.input + n * p.H * p.W * p.C + c;
-                     Vec<T> total{};
-                     for (int64_t y = 0; y < p.H; ++y) {
-                       Vec<T> row{};
-                       for (int64_t x = 0; x < p.W; ++x, from += p.C) row += load_some(from, count);
-                       total += row;
-                     }
-                     store_some(memory.output + n * p.C + c, total / T(p.H * p.W), count);
-                   });
-                 }
-               });
-}
-
-template <typename scalar_t>
-void max_pool(const MapParams& p) {
-  using T = opmath_t<scalar_t>;
-  const Memory<scalar_t> memory(p);
-  const int64_t a_row = max_of<int64_t>(1, p.OW * p.C * p.kernel[0] * p.kernel[1]);
-  parallel_for(p.N * p.OH, max_of<int64_t>(1, kPiece / a_row), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / p.OH, top = i % p.OH * p.stride[0] - p.padding[0];
-      const int64_t y0 = max_of<int64_t>(0, top), y1 = min_of(p.H, top + p.kernel[0]);
-      for (int64_t ox = 0; ox < p.OW; ++ox) {
-        const int64_t left = ox * p.stride[1] - p.padding[1];
-        const int64_t x0 = max_of<int64_t>(0, left), x1 = min_of(p.W, left + p.kernel[1]);
-        const scalar_t* const corner = memory.input + (n * p.H * p.W) * p.C;
-        scalar_t* const to = memory.output + (i * p.OW + ox) * p.C;
-        for_vectors<T>(0, p.C, [&](int64_t c, int64_t count) {
-          Vec<T> largest = splat(T(-__builtin_inf()));
-          for (int64_t y = y0; y < y1; ++y)
-            for (int64_t x = x0; x < x1; ++x) {
-              const Vec<T> value = load_some(corner + (y * p.W + x) * p.C + c, count);
-              largest = value > largest || value != value ? value : largest;
-            }
-          store_some(to + c, largest, count);
-        });
-      }
-    }
-  });
-}
-
 // output = f(input, channel, image), vector by vector.
 template <typename scalar_t, typename Function>
 void for_each(const MapParams& p, int64_t output_pitch, const Function& f) {
@@ -137,9 +88,8 @@ void run_typed(const MapParams& p) {
   const MapSize size{p.N, p.C, p.H, p.W};
   switch (p.op) {
     case MapOp::kMean:
-      return mean<scalar_t>(p);
     case MapOp::kMaxPool:
-      return max_pool<scalar_t>(p);
+      return;  // see run_map
     case MapOp::kScale:
       return for_each<scalar_t>(p, p.C, [&](Vec<T> x, int64_t n, int64_t c, int64_t count) {
         return x * load_some(memory.other + n * p.C + c, count);
@@ -167,9 +117,42 @@ void run_typed(const MapParams& p) {
   }
 }
 
+// The parameters that the two poolings share.
+template <typename Params>
+Params pooling(const MapParams& p, int64_t OH, int64_t OW) {
+  Params pool{};
+  pool.map = const_cast<void*>(p.input);
+  pool.pooled = p.output;
+  pool.dtype = p.dtype;
+  pool.N = p.N;
+  pool.C = p.C;
+  const int64_t map_stride[4] = {p.H * p.W * p.C, 1, p.W * p.C, p.C};
+  const int64_t pooled_stride[4] = {OH * OW * p.C, 1, OW * p.C, p.C};
+  std::memcpy(pool.map_stride, map_stride, sizeof(map_stride));
+  std::memcpy(pool.pooled_stride, pooled_stride, sizeof(pooled_stride));
+  pool.channels_last = true;
+  return pool;
+}
+
+void mean(const MapParams& p) {
+  avg_pool2d::AvgPool2dParams pool = pooling<avg_pool2d::AvgPool2dParams>(p, 1, 1);
+  pool.rows = {p.H, 1, 0, 1, 0, 1};
+  pool.columns = {p.W, 1, 0, 1, 0, 1};
+  avg_pool2d::forward(pool, nullptr);
+}
+
+void max_pool(const MapParams& p) {
+  max_pool2d::MaxPool2dParams pool = pooling<max_pool2d::MaxPool2dParams>(p, p.OH, p.OW);
+  pool.rows = {p.H, p.OH, p.kernel[0], p.stride[0], p.padding[0], 1};
+  pool.columns = {p.W, p.OW, p.kernel[1], p.stride[1], p.padding[1], 1};
+  max_pool2d::forward(pool, nullptr);
+}
+
 }  // namespace
 
 void run_map(const MapParams& p) {
+  if (p.op == MapOp::kMean) return mean(p);
+  if (p.op == MapOp::kMaxPool) return max_pool(p);
   dispatch_floating(p.dtype, [&](auto scalar) { run_typed<decltype(scalar)>(p); });
 }
 
