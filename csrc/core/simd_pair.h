@@ -185,13 +185,4 @@ PVK_INLINE void for_pairs_of_target(const scalar_t* target, int64_t count, bool 
   if (i < count) body(i, count - i, false);
 }
 
-// Whether an output of so many bytes is written past the caches.
-PVK_INLINE bool goes_past_caches([[maybe_unused]] int64_t bytes) {
-#if defined(__AVX512F__)
-  return bytes >= kStreamedBytes;
-#else
-  return false;
-#endif
-}
-
 }  // namespace pvk::PVK_ISA

@@ -11,6 +11,15 @@ namespace pvk::PVK_ISA {
 
 constexpr int64_t kStreamedBytes = 5 << 20;  // from here on outputs go past the caches
 
+// Whether an output of so many bytes is written past the caches.
+PVK_INLINE bool goes_past_caches([[maybe_unused]] int64_t bytes) {
+#if defined(__AVX512F__)
+  return bytes >= kStreamedBytes;
+#else
+  return false;
+#endif
+}
+
 // Whether rows of `count` elements at `target` are whole cache lines, of an output of `bytes`.
 template <typename scalar_t>
 PVK_INLINE bool streams(const scalar_t* target, int64_t count, int64_t bytes) {
@@ -31,6 +40,15 @@ PVK_INLINE void stream(scalar_t* target, Vec<opmath_t<scalar_t>> value) {
   if constexpr (sizeof(scalar_t) == 8) return _mm512_stream_pd(target, (__m512d)value);
 #endif
   store(target, value);
+}
+
+// A cache line of 64 bytes, from anywhere.
+PVK_INLINE void stream_line(const void* source, void* target) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(target), _mm512_loadu_si512(source));
+#else
+  std::memcpy(target, source, 64);
+#endif
 }
 
 // Before another thread may read what was streamed.
@@ -99,6 +117,48 @@ PVK_INLINE void stream(uint16_t* target, VecU16 value) {
   return _mm512_stream_si512(reinterpret_cast<__m512i*>(target), (__m512i)value);
 #endif
   std::memcpy(target, &value, sizeof(value));
+}
+
+// target[i ...] for a row of `count`: values(i, lanes, registers) fills an array of 4, 2 or 1 of them, of which the
+// row's end need not all lanes; `past` the caches where streams() says so.
+template <typename scalar_t, typename Values>
+PVK_INLINE void write_registers(scalar_t* target, int64_t count, bool past, const Values& values) {
+  using T = opmath_t<scalar_t>;
+  constexpr int64_t kSide = kLanes<T>;
+  constexpr bool kNarrows = sizeof(scalar_t) == 2;
+  int64_t i = 0;
+  const auto one = [&](int64_t end) __attribute__((always_inline)) {
+    const int lanes = int(kSide < end - i ? kSide : end - i);
+    Vec<T> value[1];
+    values(i, lanes, value);
+    if (!kNarrows && past && lanes == kSide) {
+      stream(target + i, value[0]);
+    } else {
+      store_lanes(target + i, value[0], lanes);
+    }
+    i += lanes;
+  };
+  const auto several = [&](auto number) __attribute__((always_inline)) {
+    constexpr int kNumber = decltype(number)::value;
+    Vec<T> value[kNumber];
+    values(i, int(kSide), value);
+#pragma GCC unroll 4
+    for (int v = 0; v < kNumber; v += 2) {
+      if constexpr (kNarrows) {
+        uint16_t* const raw = reinterpret_cast<uint16_t*>(target) + i + v * kSide;
+        const VecU16 both = narrow_two(value[v], value[v + 1], scalar_t());
+        past ? stream(raw, both) : void(std::memcpy(raw, &both, sizeof(both)));
+      } else {
+        scalar_t* const at = target + i + v * kSide;
+        past ? stream(at, value[v]) : store(at, value[v]);
+        past ? stream(at + kSide, value[v + 1]) : store(at + kSide, value[v + 1]);
+      }
+    }
+    i += kNumber * kSide;
+  };
+  while (i + 4 * kSide <= count) several(std::integral_constant<int, 4>());
+  if (i + 2 * kSide <= count) several(std::integral_constant<int, 2>());
+  while (i < count) one(count);
 }
 
 // target[i ...] = value(i, lanes) for a row of `count`; `past` the caches where streams() says so.

@@ -7,6 +7,110 @@ namespace pvk::interpolate::PVK_ISA {
 
 inline constexpr int64_t kMostRegisters = 4;  // that the taps of a register of targets are picked from
 
+// Of a row that doubles or halves: which sources, beside its own, a target of each phase adds by what weights, where
+// that is the same for all but some targets at the ends.
+template <typename T>
+class RowPhases {
+ public:
+  static constexpr int64_t kLane = kLanes<T>;
+
+  explicit RowPhases(const TapTable<T>& columns) : columns_(columns) {
+    doubles_ = columns.targets == 2 * columns.sources;
+    if (!doubles_ && columns.sources != 2 * columns.targets) return;
+    const int64_t phases = doubles_ ? 2 : 1, steps = columns.targets / phases, middle = steps / 2 * phases;
+    taps_ = columns.count(middle);
+    if (taps_ != 2 && taps_ != 4 && taps_ != kMostTaps) return;
+    for (int64_t phase = 0; phase < phases; ++phase) {
+      if (columns.count(middle + phase) != taps_) return;
+      const int64_t begin = columns.begin[middle + phase];
+      offset_[phase] = columns.index[begin] - own(middle);
+      for (int64_t k = 0; k < taps_; ++k) weight_[phase][k] = columns.weight[begin + k];
+    }
+    first_ = last_ = steps / 2;
+    while (first_ > 0 && is_like_middle(first_ - 1)) --first_;
+    while (last_ < steps && is_like_middle(last_)) ++last_;
+  }
+
+  bool serves() const { return last_ - first_ >= kLane; }
+
+  // to: all targets; the others by other(target).
+  template <typename Other>
+  PVK_INLINE void run(const T* row, T* to, const Other& other) const {
+    const int64_t phases = doubles_ ? 2 : 1;
+    for (int64_t target = 0; target < first_ * phases; ++target) to[target] = other(target);
+    for (int64_t target = last_ * phases; target < columns_.targets; ++target) to[target] = other(target);
+    if (taps_ == 2) return run_taps<2>(row, to);
+    if (taps_ == 4) return run_taps<4>(row, to);
+    run_taps<8>(row, to);
+  }
+
+ private:
+  static constexpr int64_t kMostTaps = 8;
+
+  int64_t own(int64_t target) const { return doubles_ ? target / 2 : target * 2; }
+
+  bool is_like_middle(int64_t step) const {
+    for (int64_t phase = 0; phase < (doubles_ ? 2 : 1); ++phase) {
+      const int64_t target = doubles_ ? 2 * step + phase : step, begin = columns_.begin[target];
+      if (columns_.count(target) != taps_) return false;
+      for (int64_t k = 0; k < taps_; ++k)
+        if (columns_.index[begin + k] != own(target) + offset_[phase] + k ||
+            columns_.weight[begin + k] != weight_[phase][k])
+          return false;
+    }
+    return true;
+  }
+
+  // Registers begin at whole ones of `to`, but for the first and the last, which lie over their neighbours.
+  template <typename Body>
+  PVK_INLINE void for_registers(const Body& body) const {
+    const int64_t first = first_, last = last_ - kLane;
+    int64_t step = first;
+    for (; step < last; step = (step / kLane + 1) * kLane) body(step);
+    body(last);
+  }
+
+  template <int kTaps>
+  PVK_INLINE void run_taps(const T* row, T* to) const {
+    Vec<T> weight[2][kTaps];
+    for (int k = 0; k < kTaps; ++k) {
+      weight[0][k] = splat(weight_[0][k]);
+      weight[1][k] = splat(weight_[1][k]);
+    }
+    const T *const even = row + offset_[0], *const odd = row + offset_[1];
+    if (!doubles_) {
+      return for_registers([&](int64_t step) __attribute__((always_inline)) {
+        Vec<T> sum, first, second;
+#pragma GCC unroll 4
+        for (int k = 0; k < kTaps; k += 2) {
+          load_even_odd<T, T>(even + 2 * step + k, first, second);
+          sum = k == 0 ? first * weight[0][0] : fma(first, weight[0][k], sum);
+          sum = fma(second, weight[0][k + 1], sum);
+        }
+        store(to + step, sum);
+      });
+    }
+    for_registers([&](int64_t step) __attribute__((always_inline)) {
+      Vec<T> sum = load(even + step) * weight[0][0], other = load(odd + step) * weight[1][0];
+#pragma GCC unroll 8
+      for (int k = 1; k < kTaps; ++k) {
+        sum = fma(load(even + step + k), weight[0][k], sum);
+        other = fma(load(odd + step + k), weight[1][k], other);
+      }
+      Vec<T> low, high;
+      interleave<T>(sum, other, low, high);
+      store(to + 2 * step, low);
+      store(to + 2 * step + kLane, high);
+    });
+  }
+
+  const TapTable<T>& columns_;
+  bool doubles_ = false;
+  int64_t taps_ = 0, first_ = 0, last_ = 0;  // first_, last_: targets (pairs of them) that are like the middle
+  int64_t offset_[2] = {};
+  T weight_[2][kMostTaps] = {};
+};
+
 // A row has `group` elements a pixel: 1 of a plane, C of a channels_last map with few channels.
 template <typename T>
 class RowFilter {
@@ -14,7 +118,12 @@ class RowFilter {
   static constexpr int64_t kLane = kLanes<T>;
 
   RowFilter(const TapTable<T>& columns, int64_t group)
-      : columns_(columns), group_(group), elements_(columns.targets * group), blocks_(ceil_div(elements_, kLane)) {
+      : columns_(columns),
+        group_(group),
+        elements_(columns.targets * group),
+        blocks_(ceil_div(elements_, kLane)),
+        phases_(columns) {
+    if (has_phases()) return;
     block_begin_.reserve(blocks_ + 1);
     whole_.reserve(blocks_);
     int64_t taps = 0;
@@ -34,11 +143,16 @@ class RowFilter {
     for (int64_t b = 0; b < blocks_; ++b) fill_block(b);
   }
 
+  bool has_phases() const { return group_ == 1 && phases_.serves(); }
+
   // Elements that a row must be readable beyond its own.
   static constexpr int64_t kSpare = kMostRegisters * kLane;
 
-  template <typename to_t>
-  PVK_INLINE void run(const T* row, to_t* to) const {
+  PVK_INLINE void run(const T* row, T* to) const {
+    if (has_phases()) {
+      return phases_.run(
+          row, to, [&](int64_t target) { return sum_of(row, columns_.begin[target], columns_.begin[target + 1]); });
+    }
     if (registers_ == 0) return run_one_by_one(row, to);
     if (columns_.chooses) {
       if (registers_ == 1) return run_blocks<1, true>(row, to);
@@ -110,8 +224,8 @@ class RowFilter {
     return lanes < Mask<T>{} + decltype(lanes[0] + 0)(2 * kLane) ? low : high;
   }
 
-  template <int kRegisters, bool kChooses, typename to_t>
-  PVK_INLINE void run_blocks(const T* row, to_t* to) const {
+  template <int kRegisters, bool kChooses>
+  PVK_INLINE void run_blocks(const T* row, T* to) const {
     for (int64_t b = 0; b < blocks_; ++b) {
       Vec<T> sum{};
       const int64_t first = block_begin_[b], last = block_begin_[b + 1];
@@ -135,11 +249,10 @@ class RowFilter {
     }
   }
 
-  template <typename to_t>
-  void run_one_by_one(const T* row, to_t* to) const {
+  void run_one_by_one(const T* row, T* to) const {
     for (int64_t target = 0; target < columns_.targets; ++target)
       for (int64_t c = 0; c < group_; ++c)
-        to[target * group_ + c] = from_float<to_t>(sum_of(row + c, columns_.begin[target], columns_.begin[target + 1]));
+        to[target * group_ + c] = sum_of(row + c, columns_.begin[target], columns_.begin[target + 1]);
   }
 
   PVK_INLINE T sum_of(const T* row, int64_t i, int64_t end) const {
@@ -159,6 +272,7 @@ class RowFilter {
 
   const TapTable<T>& columns_;
   int64_t group_, elements_, blocks_, registers_ = 1;
+  RowPhases<T> phases_;
   Buffer<int64_t> block_begin_, base_;
   Buffer<bool> whole_;
   Buffer<Mask<T>> lanes_;  // -1: the target has no such tap

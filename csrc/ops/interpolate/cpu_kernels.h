@@ -3,13 +3,15 @@
 
 #include "core/buffer.h"
 #include "core/pool_rows.h"
+#include "core/stream.h"
 #include "ops/interpolate/interpolate.h"
 
 namespace pvk::interpolate::PVK_ISA {
 
 using namespace pvk::PVK_ISA;
 
-inline constexpr int64_t kPiece = 16384;  // elements of the result that a thread gets at least
+inline constexpr int64_t kBytesAhead = 4096;  // that a row's reading is ahead
+inline constexpr int64_t kPiece = 16384;      // elements of the result that a thread gets at least
 
 // Planes, and channels_last maps with few channels: registers along rows.
 void resize_rows(const InterpolateParams& p);
@@ -87,72 +89,90 @@ struct TapTable {
   }
 };
 
+// Rows that are read soon: what is summed from several rows at once, the hardware does not foresee.
+template <typename from_t>
+struct NextRows {
+  static constexpr int64_t kMost = 8;
+  const from_t* row[kMost];
+  int64_t count = 0;
+
+  PVK_INLINE void add(const from_t* next) {
+    if (count < kMost) row[count++] = next;
+  }
+  // Elements i to i + elements.
+  PVK_INLINE void prefetch(int64_t i, int64_t elements) const {
+    for (int64_t k = 0; k < count; ++k)
+      for (int64_t j = i; j < i + elements; j += 64 / int64_t(sizeof(from_t))) __builtin_prefetch(row[k] + j);
+  }
+};
+
 // to[i] = the sum over k of weights[k] * rows[k][i], i below count; kRows of them, 0: `n`.
 template <int kRows, typename from_t, typename to_t, typename T>
-PVK_INLINE void add_some_rows(const from_t* const* rows, const T* weights, int64_t n, int64_t count, to_t* to) {
+PVK_INLINE void add_some_rows(const from_t* const* rows, const T* weights, int64_t n, int64_t count, to_t* to,
+                              bool past, const NextRows<from_t>& next) {
   constexpr int64_t kLane = kLanes<T>;
-  constexpr int kVectors = 4;
   const int64_t taps = kRows > 0 ? kRows : n;
-  int64_t i = 0;
-  for (; i + kVectors * kLane <= count; i += kVectors * kLane) {
-    Vec<T> sum[kVectors];
+  write_registers(to, count, past, [&](int64_t i, int lanes, auto& sum) __attribute__((always_inline)) {
+    constexpr int kVectors = int(sizeof(sum) / sizeof(sum[0]));
+    next.prefetch(i, kVectors * kLane);
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[v] = load(rows[0] + i + v * kLane) * splat(weights[0]);
+    for (int v = 0; v < kVectors; ++v) sum[v] = load_lanes(rows[0] + i + v * kLane, lanes) * splat(weights[0]);
 #pragma GCC unroll 4
     for (int64_t k = 1; k < taps; ++k) {
       const Vec<T> weight = splat(weights[k]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[v] = fma(load(rows[k] + i + v * kLane), weight, sum[v]);
+      for (int v = 0; v < kVectors; ++v) sum[v] = fma(load_lanes(rows[k] + i + v * kLane, lanes), weight, sum[v]);
     }
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(to + i + v * kLane, sum[v]);
-  }
-  for (; i + kLane <= count; i += kLane) {
-    Vec<T> sum = load(rows[0] + i) * splat(weights[0]);
-    for (int64_t k = 1; k < taps; ++k) sum = fma(load(rows[k] + i), splat(weights[k]), sum);
-    store(to + i, sum);
-  }
-  if (i < count) {
-    Vec<T> sum = load_first(rows[0] + i, count - i) * splat(weights[0]);
-    for (int64_t k = 1; k < taps; ++k) sum = fma(load_first(rows[k] + i, count - i), splat(weights[k]), sum);
-    store_first(to + i, sum, count - i);
-  }
+  });
 }
 
 template <typename from_t, typename to_t>
-PVK_INLINE void copy_row(const from_t* from, int64_t count, to_t* to) {
-  using T = opmath_t<from_t>;
-  int64_t i = 0;
-  for (; i + 4 * kLanes<T> <= count; i += 4 * kLanes<T>) {
+PVK_INLINE void copy_row(const from_t* from, int64_t count, to_t* to, bool past = false) {
+  write_registers(to, count, past, [&](int64_t i, int lanes, auto& value) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) store(to + i + v * kLanes<T>, load(from + i + v * kLanes<T>));
-  }
-  for (; i < count; i += kLanes<T>) store_some(to + i, load_some(from + i, count - i), count - i);
+    for (int v = 0; v < int(sizeof(value) / sizeof(value[0])); ++v)
+      value[v] = load_lanes(from + i + v * kLanes<opmath_t<to_t>>, lanes);
+  });
 }
 template <>
-PVK_INLINE void copy_row(const BFloat16* from, int64_t count, BFloat16* to) {
+PVK_INLINE void copy_row(const BFloat16* from, int64_t count, BFloat16* to, bool) {
   __builtin_memcpy(to, from, size_t(count) * sizeof(BFloat16));
 }
 template <>
-PVK_INLINE void copy_row(const Float16* from, int64_t count, Float16* to) {
+PVK_INLINE void copy_row(const Float16* from, int64_t count, Float16* to, bool) {
   __builtin_memcpy(to, from, size_t(count) * sizeof(Float16));
 }
 
 template <typename from_t, typename to_t, typename T>
-PVK_INLINE void add_rows(const from_t* const* rows, const T* weights, int64_t n, int64_t count, to_t* to) {
+PVK_INLINE void add_rows(const from_t* const* rows, const T* weights, int64_t n, int64_t count, to_t* to,
+                         bool past = false, const NextRows<from_t>& next = {}) {
   switch (n) {
     case 0:
       for (int64_t i = 0; i < count; ++i) to[i] = to_t{};
       return;
     case 1:
-      if (weights[0] == T(1)) return copy_row(rows[0], count, to);
+      if (weights[0] == T(1)) return copy_row(rows[0], count, to, past);
       break;
     case 2:
-      return add_some_rows<2>(rows, weights, n, count, to);
+      return add_some_rows<2>(rows, weights, n, count, to, past, next);
+    case 4:
+      return add_some_rows<4>(rows, weights, n, count, to, past, next);
     default:
       break;
   }
-  add_some_rows<0>(rows, weights, n, count, to);
+  add_some_rows<0>(rows, weights, n, count, to, past, next);
+}
+
+// The rows that a target adds and the one before it does not.
+template <typename from_t, typename T>
+PVK_INLINE NextRows<from_t> rows_of_next(const TapTable<T>& rows, int64_t target, const from_t* first, int64_t stride) {
+  NextRows<from_t> next;
+  if (target >= rows.targets || target < 1) return next;
+  const int64_t begin = rows.begin[target];
+  const int64_t known = begin > rows.begin[target - 1] ? rows.index[begin - 1] : -1;
+  for (int64_t k = begin; k < rows.begin[target + 1]; ++k)
+    if (rows.index[k] > known) next.add(first + rows.index[k] * stride);
+  return next;
 }
 
 // Rows that were resized along themselves are kept in a ring; this many at most.
