@@ -139,7 +139,7 @@ def may_get_gradient(input: Tensor) -> bool:
 _FEW = 8  # channels: with fewer ours run along rows in channels_last too
 _SMALL = 1 << 15  # elements of a map that the call itself takes longer than
 _MEDIUM, _LARGE = 1 << 17, 1 << 19  # the same beside PyTorch's vectorised kernels, without and with a gradient
-_VERY_LARGE = 1 << 21  # the same for averages of 16-bit types without a gradient
+_VERY_LARGE = 1 << 21  # the same for averages of 16-bit types without a gradient, and adaptive maxima with one
 
 
 def _is_for_torch_anyway(input: Tensor) -> bool:
@@ -166,8 +166,8 @@ def is_for_torch(
     """Whether PyTorch's kernels run: `pvk.backend` says so, or with "auto" where they were measured faster.
 
     On the CPU PyTorch's are scalar in the contiguous layout and vectorised in channels_last, where they are ahead on
-    small maps (larger ones in averages of 16-bit types without a gradient) and in the gradient of adaptive maxima; they
-    are too where one window is the whole map.
+    small maps (larger ones in averages of 16-bit types without a gradient and in the gradient of adaptive maxima). In
+    averages of the whole map they are ahead too, but in the gradient of channels_last ones.
 
     Args:
         of_maxima: Not of averages.
@@ -179,17 +179,19 @@ def is_for_torch(
         return CHOICE.backend == "torch"
     if CHOICE.backend != "auto" or input.is_cuda:
         return _is_for_torch_anyway(input)
-    if one_pixel:
-        return True
     trains = may_get_gradient(input)
     channels_last = input.dim() == 4 and is_channels_last(input) and input.shape[1] >= _FEW
+    if one_pixel and not of_maxima and not (trains and channels_last):
+        return True
     if torch.compiler.is_compiling():  # no guard on sizes
         return channels_last and (trains or not of_maxima)
     if not channels_last:
         return trains and input.numel() < _SMALL
     if of_maxima:
-        return (adaptive or input.numel() < _LARGE) if trains else input.numel() < _MEDIUM
-    return input.numel() < (_VERY_LARGE if not trains and input.element_size() == 2 else _LARGE)
+        return input.numel() < ((_VERY_LARGE if adaptive else _LARGE) if trains else _MEDIUM)
+    if one_pixel:
+        return input.numel() < _MEDIUM
+    return input.numel() < (_VERY_LARGE if input.element_size() == 2 and not trains else _LARGE << trains)
 
 
 def fold(tensor: Tensor, dim: int | None, size: int) -> Tensor:

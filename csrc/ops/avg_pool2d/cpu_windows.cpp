@@ -122,7 +122,7 @@ void pool_windows(const AvgPool2dParams& p) {
   }
   const int64_t stride = p.map_stride[2], a_row = max_of<int64_t>(1, W * max_of<int64_t>(1, p.rows.size / OH));
   parallel_for(p.N * p.C * OH, max_of<int64_t>(1, kPiece / a_row), [&](int64_t begin, int64_t end) {
-    const int64_t pitch = padded + kLanes<T>;  // windows are read in whole registers
+    const int64_t pitch = OW == 1 ? 0 : padded + kLanes<T>;  // windows are read in whole registers
     Buffer<T> sums(kRows * pitch);
     fill(sums.data(), kRows * pitch, T(0));
     Results<scalar_t> results(static_cast<scalar_t*>(p.pooled) + begin * OW);

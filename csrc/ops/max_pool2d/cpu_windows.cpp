@@ -197,7 +197,7 @@ void pool_windows(const MaxPool2dParams& p) {
   using P = place_t<T>;
   constexpr int64_t kWhole = kPair<scalar_t>;
   const int64_t OH = p.rows.outputs, OW = p.columns.outputs, W = p.columns.size, dilation = p.rows.dilation;
-  const int64_t pitch = ceil_div(W, kWhole) * kWhole + kLanes<T>;  // windows are read in whole registers
+  const int64_t pitch = OW == 1 ? 0 : ceil_div(W, kWhole) * kWhole + kLanes<T>;  // windows are read in whole registers
   Buffer<PoolRange> windows(OW), row_windows(OH);
   for (int64_t o = 0; o < OW; ++o) windows[o] = p.columns.window(o);
   for (int64_t o = 0; o < OH; ++o) row_windows[o] = p.rows.window(o);
