@@ -338,7 +338,7 @@ class BuildNinja(build_ext):
         )
         flags = f"{self.torch_flags} -DUSE_CUDA -DPVK_CUDA -DPVK_NAMESPACE=pvk -DPVK_DISPATCH_KEY=CUDA"
         objects = [file.compile(path, "cuda", flags) for path in bindings()]
-        objects += [file.compile(path, "cuda", rule="nvcc") for path in sources("csrc/ops/*/cuda.cu")]
+        objects += [file.compile(path, "cuda", rule="nvcc") for path in sources("csrc/ops/*/cuda*.cu")]
         libraries = f"{self.torch_libraries} -ltorch_cuda -lc10_cuda {cuda.runtime}"
         file.build("libpvk_cuda.so", "link", objects, libraries)
 
@@ -354,7 +354,7 @@ class BuildNinja(build_ext):
         # First in both: of an inline function that the kernels' files have too, the linker keeps the one without hooks.
         runtime = [file.compile(path, self.simt, host) for path in sources("csrc/simt/*.cpp")]
         objects = [file.compile(path, self.simt, binding) for path in bindings()]
-        objects += [file.compile(path, self.simt, kernel) for path in sources("csrc/ops/*/cuda.cu")]
+        objects += [file.compile(path, self.simt, kernel) for path in sources("csrc/ops/*/cuda*.cu")]
         file.build(f"libpvk_{self.simt}.so", "link", runtime + objects, f"{link} {self.torch_libraries}")
         objects = [file.compile(path, self.simt, kernel) for path in sources("tests/simt/*.cu")]
         objects += [file.compile(path, self.simt, host) for path in sources("tests/simt/*.cpp")]

@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from pyvision_kernels._extension import LIBRARIES
@@ -20,6 +21,17 @@ from pyvision_kernels._extension import LIBRARIES
 _library = torch.library.Library("pvk", "DEF")
 
 REGISTRY: dict[str, Op] = {}
+
+
+class Emulation:
+    """Whether ops on CPU tensors run the CUDA kernels: within `_simt.emulated`."""
+
+    active = False
+
+
+def runs_cuda_kernels(tensor: Tensor) -> bool:
+    """Whether an op on this tensor takes our CUDA kernels: on a GPU, or emulated."""
+    return tensor.is_cuda or Emulation.active
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,7 @@ class Contract:
     autocast: Callable[..., tuple[Any, ...]] | None
     vmap: Callable[..., Any] | None
     cpu_only: bool = False
+    cuda_only: bool = False
 
     @property
     def name(self) -> str:
@@ -114,6 +127,7 @@ def declare(
     autocast: Callable[..., tuple[Any, ...]] | None = None,
     vmap: Callable[..., Any] | None = None,
     cpu_only: bool = False,
+    cuda_only: bool = False,
 ) -> Op:
     """Declares `pvk::<name>`.
 
@@ -123,11 +137,14 @@ def declare(
         setup_context, backward, vmap: As on a `torch.autograd.Function`; an op without them has no gradient, no vmap.
         autocast: Maps the arguments to those that the op gets under autocast, on CPU and CUDA.
         cpu_only: No kernel of ours runs it on CUDA.
+        cuda_only: None on the CPU.
     """
-    contract = Contract(schema, fake, setup_context, backward, autocast, vmap, cpu_only)
+    contract = Contract(schema, fake, setup_context, backward, autocast, vmap, cpu_only, cuda_only)
     op = Op(contract, define(contract, _library))
     for key, library in LIBRARIES.items():
-        if library.handle is None and not (cpu_only and key == "CUDA"):
+        if key == "CPU" and cuda_only:
+            _library.impl(op.name, _refuser(op.name), key)
+        elif library.handle is None and not (cpu_only and key == "CUDA"):
             _library.impl(op.name, _raiser(op.name, key), key)
     if backward is not None and setup_context is not None:
         op.function = _function(op, setup_context, backward, vmap)
@@ -221,6 +238,13 @@ def _raiser(name: str, key: str) -> Callable[..., NoReturn]:
         raise LIBRARIES[key].error(name)
 
     return unavailable
+
+
+def _refuser(name: str) -> Callable[..., NoReturn]:
+    def only_on_cuda(*args: Any) -> NoReturn:
+        raise NotImplementedError(f"{name}: expected tensors on a CUDA device, but got some on the CPU")
+
+    return only_on_cuda
 
 
 def _autocaster(

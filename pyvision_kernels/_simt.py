@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from pyvision_kernels._extension import FOLDER, Library, load_library
-from pyvision_kernels._op import REGISTRY, define
+from pyvision_kernels._op import REGISTRY, Emulation, define
 
 _library = torch.library.Library("pvk_simt", "DEF")
 
@@ -78,6 +78,7 @@ def emulated(seed: int = 0, races: bool = True, global_races: bool = False) -> I
     if handle is None:
         raise load().error("emulated")
     before, overloads = _in_force, {name: op.overload for name, op in REGISTRY.items()}
+    Emulation.active = True
     _in_force = Options(seed, races, global_races)
     handle.pvk_simt_set_options(*_in_force)
     for name, twin in twins().items():
@@ -87,6 +88,6 @@ def emulated(seed: int = 0, races: bool = True, global_races: bool = False) -> I
     finally:
         for name, overload in overloads.items():
             REGISTRY[name].overload = overload
-        _in_force = before
+        _in_force, Emulation.active = before, before is not None
         if before is not None:
             handle.pvk_simt_set_options(*before)

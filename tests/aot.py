@@ -1,6 +1,6 @@
 """Ahead-of-time check of the CUDA kernels, without a GPU: `python tests/aot.py [--arch 80 90 100] [--full]`.
 
-Compiles every csrc/ops/*/cuda.cu for each architecture with the flags of setup.py, and fails where a kernel spills or
+Compiles every csrc/ops/*/cuda*.cu for each architecture with the flags of setup.py, and fails where a kernel spills or
 needs a stack frame without a reason in aot_allowed.json, where such a reason no longer applies, and where a kernel
 lacks the instruction that it was written for. The same for the kernels of tests/simt/right.cu, as "core": they use all
 PTX of csrc/core.
@@ -34,7 +34,11 @@ ARCHS = ["80", "90", "100"]
 ARCHS_FULL = ["80", "86", "89", "90", "100", "120"]
 FLAGS = [*NVCC_FLAGS.split(), f"-I{ROOT / 'csrc'}", "-Xptxas", "-v"]
 
-SOURCES = {path.parent.name: path for path in sorted((ROOT / "csrc" / "ops").glob("*/cuda.cu"))}
+# An op's cuda.cu bears its name, its cuda_<part>.cu that of the op and the part.
+SOURCES = {
+    path.parent.name + path.stem.removeprefix("cuda"): path
+    for path in sorted((ROOT / "csrc" / "ops").glob("*/cuda*.cu"))
+}
 SOURCES["core"] = ROOT / "tests" / "simt" / "right.cu"
 
 # op -> (kernel, as a prefix; instruction; why it must be there)

@@ -24,10 +24,11 @@ void check_size(const char* op, const char* argument, const TensorOrView& tensor
 
 // Of the dtype and on the device of input.
 template <typename TensorOrView>
-void check_as_input(const char* op, const char* argument, const TensorOrView& tensor, const View& input) {
+void check_as_input(const char* op, const char* argument, const TensorOrView& tensor, const View& input,
+                    const char* name = "input") {
   PVK_CHECK(tensor.scalar_type() == input.scalar_type(), op, ": expected ", argument, " to be ", input.scalar_type(),
-            " as input is, but got ", tensor.scalar_type());
-  check_same_device(op, argument, tensor, "input", input);
+            " as ", name, " is, but got ", tensor.scalar_type());
+  check_same_device(op, argument, tensor, name, input);
 }
 
 // Of one value a channel; makes them contiguous.

@@ -17,6 +17,7 @@ enum class Algorithm : int32_t {
   kWinograd4,    // F(4x4, 3x3): the same
   kDepthwise,    // one channel in for each out (or for each few out)
   kFewChannels,  // groups 1 and few channels in: channels and columns of taps are one dimension
+  kTf32,         // CUDA: float32 on tensor cores, whose products have 10-bit fractions
 };
 
 enum class PaddingMode : int32_t { kZeros, kReflect, kReplicate, kCircular };
@@ -43,6 +44,7 @@ struct Conv2dParams {
   int64_t stride[2], dilation[2];     // of rows, of columns
   int64_t padding_top, padding_left;  // those below and to the right are in OH and OW
   int64_t input_stride[4], weight_stride[4], residual_stride[4], output_stride[4];
+  void* workspace;  // CUDA: of workspace_bytes(), aligned to 16; else null
 
   PVK_HOST_DEVICE int64_t rows_out() const { return pool ? OH / 2 : OH; }
   PVK_HOST_DEVICE int64_t columns_out() const { return pool ? OW / 2 : OW; }
@@ -59,6 +61,31 @@ struct PackParams : Conv2dParams {
   void* target;
 };
 void pack(const PackParams& params, Stream stream);
+
+// ---- CUDA alone ----
+
+// How much workspace the kernels want; all fields but pointers that are written are filled in. Of a float64 call, and
+// of what needs none, 0.
+int64_t workspace_bytes(const Conv2dParams& params);
+
+// The gradient of a convolution with zero padding with respect to its input, which is the transposed convolution. The
+// fields of Conv2dParams are those of the convolution; its maps, residual, scale, shift, packed and pool are not set.
+struct BackwardInputParams : Conv2dParams {  // bias: [C], for transposed convolutions, and so `activation`
+  const void* grad_output;                   // [N, K, OH, OW], any strides
+  void* grad_input;                          // [N, C, H, W], dense: contiguous or channels_last
+  int64_t grad_output_stride[4], grad_input_stride[4];
+};
+void backward_input(const BackwardInputParams& params, Stream stream);
+int64_t workspace_bytes(const BackwardInputParams& params);
+
+// The gradient with respect to the weight. `weight` and its strides are not set.
+struct BackwardWeightParams : Conv2dParams {
+  const void* grad_output;  // [N, K, OH, OW], any strides
+  void* grad_weight;        // [K, C / groups, R, S], dense: contiguous or channels_last
+  int64_t grad_output_stride[4], grad_weight_stride[4];
+};
+void backward_weight(const BackwardWeightParams& params, Stream stream);
+int64_t workspace_bytes(const BackwardWeightParams& params);
 
 // The row (or column) of the input that a tap at `i` reads, or -1: zero. Padding is at most `size` (circular), or below
 // it (reflect).

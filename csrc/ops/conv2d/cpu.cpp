@@ -53,6 +53,8 @@ void forward(const Conv2dParams& p) {
       return forward_depthwise(p);
     case Algorithm::kFewChannels:
       return forward_few_channels(p);
+    case Algorithm::kTf32:  // refused by the binding
+      return;
   }
 }
 
@@ -67,6 +69,8 @@ int64_t packed_bytes(const Conv2dParams& p) {
       return packed_bytes_depthwise(p);
     case Algorithm::kFewChannels:
       return packed_bytes_few_channels(p);
+    case Algorithm::kTf32:
+      return 0;
   }
   return 0;
 }
@@ -82,6 +86,8 @@ void pack(const PackParams& p) {
       return pack_depthwise(p);
     case Algorithm::kFewChannels:
       return pack_few_channels(p);
+    case Algorithm::kTf32:
+      return;
   }
 }
 

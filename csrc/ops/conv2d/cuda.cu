@@ -95,4 +95,8 @@ int64_t packed_bytes(const Conv2dParams&, Stream) {
 
 void pack(const PackParams&, Stream) {}
 
+int64_t workspace_bytes(const Conv2dParams&) {
+  return 0;
+}
+
 }  // namespace pvk::conv2d

@@ -13,8 +13,8 @@ import torch
 from pyvision_kernels._extension import cpu_has_bfloat16_dot
 
 # Numbers are those of csrc/ops/conv2d/conv2d.h.
-DIRECT, WINOGRAD2, WINOGRAD4, DEPTHWISE, FEW_CHANNELS = range(5)
-NAMES = ("direct", "winograd2", "winograd4", "depthwise", "few_channels")
+DIRECT, WINOGRAD2, WINOGRAD4, DEPTHWISE, FEW_CHANNELS, TF32 = range(6)
+NAMES = ("direct", "winograd2", "winograd4", "depthwise", "few_channels", "tf32")
 FEW = 4  # channels of a first layer, at most
 
 
@@ -56,6 +56,12 @@ _TILES_TO_READ, _TILES_TO_PACK = 8, 28
 _BY_DOT = 0.6  # of a product's cost in the direct algorithm: bfloat16 by dot products, where the others are in float32
 
 
+@torch.compiler.assume_constant_result
+def allows_tf32() -> bool:
+    """Whether PyTorch's flags let convolutions in float32 round their factors to tf32."""
+    return torch._C._get_cudnn_allow_tf32()
+
+
 def ours(problem: Problem, strict: bool, packed: bool) -> int:
     """The best of our own kernels.
 
@@ -64,6 +70,8 @@ def ours(problem: Problem, strict: bool, packed: bool) -> int:
         packed: The packed weight is kept between calls.
     """
     p = problem
+    if p.device == "cuda":  # the backend picks its kernel
+        return TF32 if p.dtype == torch.float32 and not strict and allows_tf32() else DIRECT
     if p.groups > 1 and p.groups == p.C:
         return DEPTHWISE
     if p.groups == 1 and p.C <= FEW:

@@ -351,6 +351,7 @@ CONV_TRANSPOSE2D = OpCases(
     peer_package="torch",
     peer_is_native=True,
     operators=("conv2d",),
+    cuda_operator="_conv2d_backward_input",
     tiny=Case("per_call_overhead", _tiny_transposed),
     differentiable=("input", "weight"),
     cases=(

@@ -1,4 +1,4 @@
-"""The gradient of conv2d in PyTorch's operators, each of which is differentiable again."""
+"""The gradient of conv2d, in operators each of which is differentiable again: on CUDA ours, on the CPU PyTorch's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyvision_kernels import _activation
+from pyvision_kernels._op import runs_cuda_kernels
+from pyvision_kernels.ops.conv2d.algorithm import DIRECT, TF32
+from pyvision_kernels.ops.conv2d.backward import backward_input_op, backward_weight_op, is_channels_last
 
 
 def _source_rows(mode: int, size: int, before: int, after: int, device: torch.device) -> Tensor:
@@ -38,6 +41,20 @@ def _unpad(grad: Tensor, input: Tensor, sides: list[int], mode: int) -> Tensor:
     return grad.new_zeros((*grad.shape[:3], width)).index_add(3, columns, grad)
 
 
+def _by_our_kernels(
+    grad: Tensor, input: Tensor, weight: Tensor, needs: tuple[bool, ...], numbers: list[int], kernel: int
+) -> tuple[Tensor | None, Tensor | None]:
+    kernel = TF32 if kernel == TF32 else DIRECT
+    by_input = by_weight = None
+    if needs[0]:
+        size = list(input.shape[2:])
+        by_input = backward_input_op(grad, weight, None, numbers, size, 0, is_channels_last(input), kernel)
+    if needs[1]:
+        taps = list(weight.shape[2:])
+        by_weight = backward_weight_op(grad, input, numbers, taps, is_channels_last(weight), kernel)
+    return by_input, by_weight
+
+
 def _per_channel(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like.dtype).view(-1, 1, 1)
 
@@ -51,6 +68,7 @@ def backward(
     pool: bool,
     result: Tensor | None,
     convolve: Any,
+    kernel: int,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of input, weight, bias, scale, shift, residual.
 
@@ -61,6 +79,7 @@ def backward(
         numbers: Of the Geometry.
         result: Of the forward, where it was not pooled.
         convolve: (input, weight, bias) -> their convolution.
+        kernel: The algorithm of the forward.
     """
     input, weight, bias, scale, shift, _ = tensors
     assert input is not None
@@ -101,12 +120,20 @@ def backward(
         grads[2] = grad.sum((0, 2, 3)).to(bias.dtype)
     if needs[0] or needs[1]:
         left, right, top, bottom = sides
-        within = mode == 0 and (left, top) == (right, bottom)
+        within = mode == 0 and (runs_cuda_kernels(grad) or (left, top) == (right, bottom))
         source = input if within else _pad(input, sides, mode)
         padding = [top, left] if within else [0, 0]
-        by_source, by_weight, _ = torch.ops.aten.convolution_backward(
-            grad, source, weight, None, stride, padding, dilation, False, [0, 0], groups, [needs[0], needs[1], False]
-        )
-        grads[0] = by_source if within or by_source is None else _unpad(by_source, input, sides, mode)
+        by_source: Tensor | None
+        by_weight: Tensor | None
+        if runs_cuda_kernels(grad):
+            sides = sides if within else [0, 0, 0, 0]
+            numbers_of_source = [*stride, *sides, *dilation, groups, 0]
+            by_source, by_weight = _by_our_kernels(grad, source, weight, needs, numbers_of_source, kernel)
+        else:
+            by_source, by_weight, _ = torch.ops.aten.convolution_backward(
+                *(grad, source, weight, None, stride, padding, dilation, False, [0, 0], groups),
+                [needs[0], needs[1], False],
+            )
+        grads[0] = by_source if within or by_source is None else _unpad(by_source, input, numbers[2:6], mode)
         grads[1] = by_weight
     return tuple(grads)

@@ -102,7 +102,7 @@ def _backward(ctx, grad):
         return conv2d_op(input, weight, bias, *(None,) * 4, numbers, 0, False, channels_last, kernel)
 
     needs = tuple(ctx.needs_input_grad[:6])
-    grads = gradient.backward(grad, needs, tuple(tensors), numbers, activation, pool, result, convolve)
+    grads = gradient.backward(grad, needs, tuple(tensors), numbers, activation, pool, result, convolve, kernel)
     return *grads, *(None,) * (1 + len(ctx.options))
 
 

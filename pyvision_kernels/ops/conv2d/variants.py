@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pyvision_kernels import _activation, _backend
 from pyvision_kernels._check import autocasts, require, require_tensors
+from pyvision_kernels._op import runs_cuda_kernels
+from pyvision_kernels.ops.conv2d import algorithm
+from pyvision_kernels.ops.conv2d.backward import backward_input_op
 from pyvision_kernels.ops.conv2d.geometry import Geometry, Padding, as_pair
-from pyvision_kernels.ops.conv2d.operator import run
+from pyvision_kernels.ops.conv2d.operator import flows_channels_last, run
 
 
 def conv1d(
@@ -128,6 +132,8 @@ def conv_transpose2d(
     ):
         out = F.conv_transpose2d(input, weight, bias, stride, padding, extra, groups, dilation)
         return _activation.apply(_activation.number_of(op, activation), out)
+    if runs_cuda_kernels(input):
+        return _transpose(input, weight, bias, stride, padding, extra, groups, dilation, activation)
     # What the reach of the weight leaves at each end, a negative number where it is cut off.
     reach = [spread * (taps - 1) for spread, taps in zip(dilation, weight.shape[2:], strict=True)]
     before = [whole - cut for whole, cut in zip(reach, padding, strict=True)]
@@ -140,6 +146,26 @@ def conv_transpose2d(
         [size - whole for size, whole in zip(spread_map.shape[2:], reach, strict=True)],
     )
     return run(spread_map, _flipped(weight, groups), bias, geometry, activation=activation)
+
+
+def _transpose(input, weight, bias, stride, padding, extra, groups, dilation, activation) -> Tensor:
+    """By the kernel of the gradient of the convolution that this one is the transpose of."""
+    size = [
+        (length - 1) * step - 2 * cut + spread * (taps - 1) + more + 1
+        for length, step, cut, spread, taps, more in zip(
+            input.shape[2:], stride, padding, dilation, weight.shape[2:], extra, strict=True
+        )
+    ]
+    require(min(size) > 0, "conv_transpose2d", "an output with at least one pixel", size)
+    beyond = [more // step for more, step in zip(extra, stride, strict=True)]
+    if any(beyond):  # beside a dilation: pixels that none of the input's reach
+        input = F.pad(input, (0, beyond[1], 0, beyond[0]))
+    rows, columns = padding
+    numbers = [*stride, columns, columns, rows, rows, *dilation, groups, 0]
+    tf32 = input.is_cuda and input.dtype == torch.float32 and algorithm.allows_tf32()
+    kernel = algorithm.TF32 if tf32 else algorithm.DIRECT
+    number, last = _activation.NUMBERS[activation], flows_channels_last(input, weight)
+    return backward_input_op(input, weight, bias, numbers, size, number, last, kernel)
 
 
 def _spread(input: Tensor, stride: tuple[int, int]) -> Tensor:
