@@ -206,7 +206,7 @@ def test_a_transposed_convolution_has_a_bias_and_an_activation():
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 @pytest.mark.parametrize(("taps", "stride"), [(3, 1), (3, 2), (5, 2), (7, 1)])
 def test_no_value_is_multiplied_with_padding(taps, stride, layout, value):
-    """A weight beyond the edge, and a gradient at it: their products with pixels that are there are all that they meet."""
+    """A weight that lies beyond the edge, and a gradient at it, meet the pixels that are there and no others."""
     size = (1, 16, 8, 9)
     geometry = Geometry.of(stride, taps // 2, 1, 16, "zeros", (taps, taps))
     ones = torch.ones(size)

@@ -13,8 +13,10 @@ PVK_DEVICE int64_t source_of(const DepthwiseParams& p, int axis, int64_t i, int6
   const int64_t padding = axis == 0 ? p.padding_top : p.padding_left;
   int64_t at = i * p.stride[axis] - padding + tap * p.dilation[axis];
   if (p.spread[axis] != 1) {
-    if (at < 0 || at % p.spread[axis] != 0) return -1;
-    at /= p.spread[axis];
+    if (at < 0) return -1;
+    const int64_t place = quotient(at, p.spread[axis]);
+    if (place * p.spread[axis] != at) return -1;
+    at = place;
   }
   return source_index(p.padding_mode, at, size);
 }
@@ -24,7 +26,7 @@ template <typename scalar_t, int VEC>
 PVK_DEVICE void sum_taps(const DepthwiseParams& p, int64_t n, int64_t k, int64_t oh, int64_t ow,
                          opmath_t<scalar_t> (&sum)[VEC]) {
   using T = opmath_t<scalar_t>;
-  const int64_t inputs = p.C / p.groups, first = k / (p.K / p.groups) * inputs;
+  const int64_t inputs = p.C / p.groups, first = quotient(k, p.K / p.groups) * inputs;
 #pragma unroll
   for (int e = 0; e < VEC; ++e) sum[e] = T(0);
   for (int64_t r = 0; r < p.R; ++r) {
@@ -49,15 +51,18 @@ PVK_DEVICE void sum_taps(const DepthwiseParams& p, int64_t n, int64_t k, int64_t
 // A thread owns VEC neighbouring channels of one output, of any depthwise convolution; threads go along the memory of
 // the output. VEC above 1: channels_last, as many outputs as inputs. Sums in float32, or float64.
 template <typename scalar_t, int VEC>
-__global__ void __launch_bounds__(kBlockThreads, VEC == 1 ? 3 : 1)
+__global__ void __launch_bounds__(kBlockThreads, VEC == 1 ? 2 : 1)
     conv2d_depthwise_kernel(const __grid_constant__ DepthwiseParams p, int64_t count, bool channels_last) {
   using T = opmath_t<scalar_t>;
   const int64_t PH = p.rows_out(), PW = p.columns_out(), groups = p.K / VEC;
   for (int64_t i = int64_t(blockIdx.x) * kBlockThreads + threadIdx.x; i < count;
        i += int64_t(gridDim.x) * kBlockThreads) {
-    const int64_t pixel = channels_last ? i / groups : i % (PH * PW);
-    const int64_t k = (channels_last ? i % groups : i / (PH * PW) % groups) * VEC;
-    const int64_t n = i / (groups * PH * PW), h = pixel / PW % PH, w = pixel % PW;
+    // [N, PH, PW, K] or [N, K, PH, PW]
+    const int64_t fastest = channels_last ? groups : PW, middle = channels_last ? PW : PH;
+    const int64_t slowest = channels_last ? PH : groups;
+    const int64_t rest = quotient(i, fastest), more = quotient(rest, middle), n = quotient(more, slowest);
+    const int64_t a = more - n * slowest, b = rest - more * middle, c = i - rest * fastest;
+    const int64_t h = channels_last ? a : b, w = channels_last ? b : c, k = (channels_last ? c : a) * VEC;
     Epilogue<scalar_t, VEC> epilogue;
     epilogue.load(p, k);
     T best[VEC];

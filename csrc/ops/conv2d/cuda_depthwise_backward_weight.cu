@@ -9,8 +9,6 @@ namespace {
 constexpr int kBlockThreads = 256;
 constexpr int kReduceElements = 32, kReduceGroups = 8;
 constexpr int kOutputs = 4;  // of a row, that a thread multiplies at a time
-constexpr int kPlaneThreads = 128;
-constexpr int kPlaneColumns = 2, kPlaneRows = 4;
 
 enum class Kind { kChannels, kPlanes, kGeneral };
 
@@ -19,14 +17,15 @@ struct WeightPlan {
   Kind kind;
   int64_t parts;  // of the units, each with a sum of its own in the workspace
   int64_t units;
-  int64_t per_part;  // units
-  int64_t segments;  // of a row
-  int64_t length;    // of a segment
-  int64_t strips_w;  // strips in a row of them, where units are strips
-  int64_t strips;    // in a plane
-  int64_t chunks;    // of channels
-  int lanes, slots;  // of a block: vectors of channels, units at a time
-  bool taps_first;   // in the workspace: [parts, K, taps], else [parts, taps, K]
+  int64_t per_part;    // units
+  int64_t segments;    // of a row
+  int64_t length;      // of a segment
+  int64_t strips_w;    // strips in a row of them, where units are strips
+  int64_t strips;      // in a plane
+  int64_t chunks;      // of channels
+  int64_t multiplier;  // outputs of an input
+  int lanes, slots;    // of a block: vectors of channels, units at a time
+  bool taps_first;     // in the workspace: [parts, K, taps], else [parts, taps, K]
 };
 
 template <int VEC, typename T>
@@ -48,10 +47,10 @@ template <typename scalar_t, int K, int STEP, bool kCareful>
 PVK_DEVICE void add_segment(const BackwardWeightParams& p, const WeightPlan& plan, int64_t unit, int64_t k, int r,
                             float (&sum)[K][kVec16<scalar_t>]) {
   constexpr int VEC = kVec16<scalar_t>, kWindow = (kOutputs - 1) * STEP + K;
-  const int64_t row = unit / plan.segments, n = row / p.OH;
-  const int oh = int(row % p.OH), h = oh * STEP - int(p.padding_top) + r, W = int(p.W);
+  const int64_t row = quotient(unit, plan.segments), n = quotient(row, p.OH);
+  const int oh = int(row - n * p.OH), h = oh * STEP - int(p.padding_top) + r, W = int(p.W);
   if (h < 0 || h >= p.H) return;
-  const int begin = int(unit % plan.segments * plan.length);
+  const int begin = int((unit - row * plan.segments) * plan.length);
   const int end = int(min_of(begin + plan.length, p.OW));
   const scalar_t* const x = static_cast<const scalar_t*>(p.input) + n * p.input_stride[0] + h * p.input_stride[2] + k;
   const scalar_t* const g =
@@ -99,7 +98,7 @@ PVK_DEVICE void add_segment(const BackwardWeightParams& p, const WeightPlan& pla
 // block add up one after another. channels_last; float32. The rows of taps of a unit are neighbours, so that L1 serves
 // the pixels that they share. Partial sums are [parts, taps, K].
 template <typename scalar_t, int K, int STEP>
-__global__ void __launch_bounds__(kBlockThreads, K == 3 ? 2 : 1)
+__global__ void __launch_bounds__(kBlockThreads, K* STEP == 3 ? 2 : 1)
     conv2d_depthwise_weight_channels_kernel(const __grid_constant__ BackwardWeightParams p,
                                             const __grid_constant__ WeightPlan plan) {
   constexpr int VEC = kVec16<scalar_t>;
@@ -160,14 +159,15 @@ __global__ void __launch_bounds__(kBlockThreads, K == 3 ? 2 : 1)
 template <typename scalar_t, int K, int STEP, bool kCareful>
 PVK_DEVICE void add_strip(const BackwardWeightParams& p, const WeightPlan& plan, int64_t unit, int64_t k,
                           float (&sum)[K * K]) {
+  constexpr int kPlaneRows = plane_rows(K, STEP);
   using Rows = Window<K, STEP, 1, kPlaneRows>;
   using Columns = Window<K, STEP, 1, kPlaneColumns>;
-  const int64_t n = unit / plan.strips, strip = unit % plan.strips;
-  const int oh0 = int(strip / plan.strips_w) * kPlaneRows, ow0 = int(strip % plan.strips_w) * kPlaneColumns;
+  const int64_t n = quotient(unit, plan.strips), strip = unit - n * plan.strips, band = quotient(strip, plan.strips_w);
+  const int oh0 = int(band) * kPlaneRows, ow0 = int(strip - band * plan.strips_w) * kPlaneColumns;
   const int top = oh0 * STEP - int(p.padding_top), left = ow0 * STEP - int(p.padding_left);
   const int H = int(p.H), W = int(p.W);
   const scalar_t* const x =
-      static_cast<const scalar_t*>(p.input) + n * p.input_stride[0] + k / (p.K / p.groups) * p.input_stride[1];
+      static_cast<const scalar_t*>(p.input) + n * p.input_stride[0] + quotient(k, plan.multiplier) * p.input_stride[1];
   const scalar_t* const g =
       static_cast<const scalar_t*>(p.grad_output) + n * p.grad_output_stride[0] + k * p.grad_output_stride[1];
   const auto pixel = [&](int h, int w) {
@@ -260,16 +260,19 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
   const int64_t taps = p.R * p.S, elements = p.K * taps;
   for (int64_t i = int64_t(blockIdx.x) * kBlockThreads + threadIdx.x; i < elements * plan.parts;
        i += int64_t(gridDim.x) * kBlockThreads) {
-    const int64_t part = i / elements, element = i % elements;
-    const int64_t k = plan.taps_first ? element / taps : element % p.K;
-    const int64_t tap = plan.taps_first ? element % taps : element / p.K, r = tap / p.S, s = tap % p.S;
+    const int64_t part = quotient(i, elements), element = i - part * elements;
+    const int64_t outer = quotient(element, plan.taps_first ? taps : p.K);
+    const int64_t inner = element - outer * (plan.taps_first ? taps : p.K);
+    const int64_t k = plan.taps_first ? outer : inner, tap = plan.taps_first ? inner : outer;
+    const int64_t r = quotient(tap, p.S), s = tap - r * p.S;
     const int64_t first = part * plan.per_part, last = min_of(first + plan.per_part, plan.units);
     T sum = T(0);
     for (int64_t row = first; row < last; ++row) {
-      const int64_t n = row / p.OH, oh = row % p.OH, h = oh * p.stride[0] - p.padding_top + r * p.dilation[0];
+      const int64_t n = quotient(row, p.OH), oh = row - n * p.OH,
+                    h = oh * p.stride[0] - p.padding_top + r * p.dilation[0];
       if (h < 0 || h >= p.H) continue;
       const scalar_t* const x = static_cast<const scalar_t*>(p.input) + n * p.input_stride[0] +
-                                k / (p.K / p.groups) * p.input_stride[1] + h * p.input_stride[2];
+                                quotient(k, plan.multiplier) * p.input_stride[1] + h * p.input_stride[2];
       const scalar_t* const g = static_cast<const scalar_t*>(p.grad_output) + n * p.grad_output_stride[0] +
                                 k * p.grad_output_stride[1] + oh * p.grad_output_stride[2];
       int64_t w = s * p.dilation[1] - p.padding_left;
@@ -327,6 +330,7 @@ WeightPlan plan_of(const BackwardWeightParams& p) {
     plan.kind = Kind::kPlanes;
   }
   plan.taps_first = !channels;
+  plan.multiplier = p.K / p.C;
   switch (plan.kind) {
     case Kind::kChannels: {
       constexpr int64_t kBlocks = kMultiprocessors * 3, kMostLanes = 8;
@@ -346,7 +350,7 @@ WeightPlan plan_of(const BackwardWeightParams& p) {
     }
     case Kind::kPlanes:
       plan.strips_w = ceil_div(p.OW, int64_t(kPlaneColumns));
-      plan.strips = plan.strips_w * ceil_div(p.OH, int64_t(kPlaneRows));
+      plan.strips = plan.strips_w * ceil_div(p.OH, int64_t(plane_rows(int(p.R), int(p.stride[0]))));
       plan.units = p.N * plan.strips;
       plan.parts = min_of(ceil_div(int64_t(kMultiprocessors) * 8, p.K), ceil_div(plan.units, int64_t(kPlaneThreads)));
       break;

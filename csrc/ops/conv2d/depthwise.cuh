@@ -45,6 +45,22 @@ struct Window {
   }
 };
 
+// a / b of numbers that are not negative: a 64-bit division takes a hundred instructions.
+PVK_DEVICE int64_t quotient(int64_t a, int64_t b) {
+  return ((a | b) >> 32) == 0 ? int64_t(uint32_t(a) / uint32_t(b)) : a / b;
+}
+
+// A thread of a kernel for planes owns strips of so many columns and rows of outputs; blocks of so many threads, as
+// many a multiprocessor as it has registers for.
+constexpr int kPlaneThreads = 128;
+constexpr int kPlaneColumns = 2;
+constexpr int plane_rows(int taps, int step) {
+  return taps * step >= 10 ? 2 : 4;
+}
+constexpr int plane_blocks(int taps) {
+  return taps == 3 ? 4 : taps == 5 ? 3 : 2;
+}
+
 template <typename T, int N>
 PVK_DEVICE bool all_finite(const T (&value)[N]) {
   T zero = T(0);

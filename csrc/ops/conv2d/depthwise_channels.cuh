@@ -18,9 +18,12 @@ struct ChannelsPlan {
   int threads;
 };
 
-// Blocks that a multiprocessor has registers for: wide windows take more.
-constexpr int channels_blocks(int taps, int step, int outputs) {
-  return outputs >= 4 && taps + (outputs - 1) * step > 8 ? 1 : 2;
+// Threads of a block at most, and blocks that a multiprocessor has registers for: wide windows take more of them.
+constexpr bool has_wide_window(int taps, int step, int outputs) {
+  return outputs >= 4 && taps + (outputs - 1) * step > 8;
+}
+constexpr int channels_threads(int taps, int step, int outputs) {
+  return has_wide_window(taps, step, outputs) ? 128 : 256;
 }
 
 // A thread owns VEC channels of a strip of TW outputs of a row, and goes over the rows of K taps: a row's window is in
@@ -29,7 +32,7 @@ constexpr int channels_blocks(int taps, int step, int outputs) {
 // Neighbouring threads have neighbouring channels, then strips; a block's tile is two-dimensional, so that L1 serves
 // the rows that its strips share.
 template <typename scalar_t, int K, int STEP, int SPREAD, int TW>
-__global__ void __launch_bounds__(256, channels_blocks(K, STEP, TW))
+__global__ void __launch_bounds__(channels_threads(K, STEP, TW), has_wide_window(K, STEP, TW) ? 3 : 2)
     conv2d_depthwise_channels_kernel(const __grid_constant__ DepthwiseParams p,
                                      const __grid_constant__ ChannelsPlan plan) {
   using T = opmath_t<scalar_t>;
@@ -40,7 +43,8 @@ __global__ void __launch_bounds__(256, channels_blocks(K, STEP, TW))
   SIMT_DYN_SHARED(scalar_t, taps);
   const int lane = int(threadIdx.x) % plan.lanes, slot = int(threadIdx.x) / plan.lanes;
   const int column = slot % plan.columns, row = slot / plan.columns;
-  const int64_t first = int64_t(blockIdx.x) % plan.chunks * plan.lanes * VEC;
+  const int64_t own_tile = quotient(blockIdx.x, plan.chunks);
+  const int64_t first = (blockIdx.x - own_tile * plan.chunks) * plan.lanes * VEC;
   const int channels = int(min_of(int64_t(plan.lanes) * VEC, p.C - first));
   const int pitch = (plan.lanes | 1) * VEC;  // an odd number of vectors: taps of a channel lie in different banks
   for (int i = int(threadIdx.x); i < channels * K * K; i += int(blockDim.x)) {
@@ -56,10 +60,10 @@ __global__ void __launch_bounds__(256, channels_blocks(K, STEP, TW))
 
   const int H = int(p.H), W = int(p.W), left = int(p.padding_left);
   const scalar_t* const own = taps + lane * VEC;
-  for (int64_t tile = int64_t(blockIdx.x) / plan.chunks; tile < plan.tiles; tile += plan.blocks) {
-    const int strip = int(tile % plan.tiles_w) * plan.columns + column;
-    const int64_t image = tile / plan.tiles_w, n = image / plan.tiles_h;
-    const int oh = int(image % plan.tiles_h) * plan.rows + row;
+  for (int64_t tile = own_tile; tile < plan.tiles; tile += plan.blocks) {
+    const int64_t band = quotient(tile, plan.tiles_w), n = quotient(band, plan.tiles_h);
+    const int strip = int(tile - band * plan.tiles_w) * plan.columns + column;
+    const int oh = int(band - n * plan.tiles_h) * plan.rows + row;
     if (oh >= p.OH || strip >= plan.strips) continue;
     const int ow0 = strip * TW - int(Columns::lead(left)), begin = (ow0 * STEP - left) / SPREAD;
     const int top = oh * STEP - int(p.padding_top);
@@ -143,7 +147,7 @@ inline ChannelsPlan plan_channels(const DepthwiseParams& p, int vec, int64_t str
   plan.tiles_w = ceil_div(strips, int64_t(plan.columns));
   plan.tiles_h = ceil_div(p.OH, int64_t(plan.rows));
   plan.tiles = p.N * plan.tiles_w * plan.tiles_h;
-  plan.blocks = min_of(plan.tiles, max_of(kBlocks / plan.chunks, int64_t(1)));
+  plan.blocks = even_part(plan.tiles, max_of(kBlocks / plan.chunks, int64_t(1)));
   plan.threads = ceil_div(plan.lanes * plan.columns * plan.rows, kWarpSize) * kWarpSize;
   return plan;
 }
@@ -163,7 +167,8 @@ void run_channels(const DepthwiseParams& p, Stream stream) {
   constexpr int VEC = kVec16<scalar_t>;
   const int64_t wide = Window<K, STEP, SPREAD, kWide>::strips(p.OW, p.padding_left);
   if (p.N * p.OH * wide * (p.C / VEC) >= kEnough)
-    return launch_channels<scalar_t, K, STEP, SPREAD, kWide>(p, plan_channels(p, VEC, wide, 256, 4), stream);
+    return launch_channels<scalar_t, K, STEP, SPREAD, kWide>(
+        p, plan_channels(p, VEC, wide, channels_threads(K, STEP, kWide), 4), stream);
   // A small map: short strips and small blocks, so that all multiprocessors get some.
   const int64_t narrow = Window<K, STEP, SPREAD, kNarrow>::strips(p.OW, p.padding_left);
   launch_channels<scalar_t, K, STEP, SPREAD, kNarrow>(p, plan_channels(p, VEC, narrow, 64, 8), stream);

@@ -6,16 +6,14 @@
 namespace pvk::conv2d {
 namespace {
 
-constexpr int kPlaneThreads = 128;
-constexpr int kPlaneColumns = 2, kPlaneRows = 4;  // outputs of a thread
-
 struct PlanesPlan {
   int64_t strips_w, strips;  // in a row of strips, in a plane
   int64_t threads;           // of a plane; each has every threads-th strip
   int64_t count;             // of all planes
+  int64_t multiplier;        // outputs of an input
 };
 
-// A thread owns strips of 4 x 2 outputs of a plane, and goes down the rows of the input: a row's window is in
+// A thread owns strips of 4 (or 2) x 2 outputs of a plane, and goes down the rows of the input: a row's window is in
 // registers, and serves all outputs that read it. The plane's taps are in registers. Any strides; sums in float32.
 // Threads go along strips and planes alike, so that small planes leave no lane idle.
 template <typename scalar_t, int K, int STEP, int SPREAD>
@@ -24,14 +22,15 @@ __global__ void __launch_bounds__(kPlaneThreads, K == 3   ? 4
                                                           : 2)
     conv2d_depthwise_planes_kernel(const __grid_constant__ DepthwiseParams p, const __grid_constant__ PlanesPlan plan) {
   using T = opmath_t<scalar_t>;
+  constexpr int kPlaneRows = plane_rows(K, STEP);
   using Rows = Window<K, STEP, SPREAD, kPlaneRows>;
   using Columns = Window<K, STEP, SPREAD, kPlaneColumns>;
   const int64_t thread = int64_t(blockIdx.x) * kPlaneThreads + threadIdx.x;
   if (thread >= plan.count) return;
-  const int64_t plane = thread / plan.threads, n = plane / p.K, k = plane % p.K;
+  const int64_t plane = quotient(thread, plan.threads), n = quotient(plane, p.K), k = plane - n * p.K;
   const int H = int(p.H), W = int(p.W), top = int(p.padding_top), left = int(p.padding_left);
   const scalar_t* const map =
-      static_cast<const scalar_t*>(p.input) + n * p.input_stride[0] + k / (p.K / p.groups) * p.input_stride[1];
+      static_cast<const scalar_t*>(p.input) + n * p.input_stride[0] + quotient(k, plan.multiplier) * p.input_stride[1];
   const scalar_t* const weight = static_cast<const scalar_t*>(p.weight) + k * p.weight_stride[0];
   T taps[K * K];
 #pragma unroll
@@ -40,9 +39,10 @@ __global__ void __launch_bounds__(kPlaneThreads, K == 3   ? 4
   Epilogue<scalar_t, 1> epilogue;
   epilogue.load(p, k);
 
-  for (int64_t strip = thread % plan.threads; strip < plan.strips; strip += plan.threads) {
-    const int oh0 = int(strip / plan.strips_w) * kPlaneRows - int(Rows::lead(top));
-    const int ow0 = int(strip % plan.strips_w) * kPlaneColumns - int(Columns::lead(left));
+  for (int64_t strip = thread - plane * plan.threads; strip < plan.strips; strip += plan.threads) {
+    const int64_t band = quotient(strip, plan.strips_w);
+    const int oh0 = int(band) * kPlaneRows - int(Rows::lead(top));
+    const int ow0 = int(strip - band * plan.strips_w) * kPlaneColumns - int(Columns::lead(left));
     const int first_row = (oh0 * STEP - top) / SPREAD, first_column = (ow0 * STEP - left) / SPREAD;
     T sum[kPlaneRows][kPlaneColumns];
 #pragma unroll
@@ -112,7 +112,8 @@ void run_planes(const DepthwiseParams& p, Stream stream) {
   constexpr int64_t kEnough = kMultiprocessors * 1024, kMostStrips = 4;  // of a thread: they share its taps
   PlanesPlan plan{};
   plan.strips_w = Window<K, STEP, SPREAD, kPlaneColumns>::strips(p.OW, p.padding_left);
-  plan.strips = plan.strips_w * Window<K, STEP, SPREAD, kPlaneRows>::strips(p.OH, p.padding_top);
+  plan.strips = plan.strips_w * Window<K, STEP, SPREAD, plane_rows(K, STEP)>::strips(p.OH, p.padding_top);
+  plan.multiplier = p.K / p.groups;
   const int64_t planes = p.N * p.K;
   plan.threads = ceil_div(plan.strips, min_of(max_of(planes * plan.strips / kEnough, int64_t(1)), kMostStrips));
   plan.count = planes * plan.threads;
