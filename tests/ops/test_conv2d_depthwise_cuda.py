@@ -18,8 +18,8 @@ from tests.convolutions import MODES, expected_of
 pytestmark = [pytest.mark.simt, pytest.mark.usefixtures("emulator")]
 
 LAYOUTS = ("channels_last", "contiguous", "window")
-# Strips of several outputs, blocks with idle lanes and several tiles; then too few outputs for long strips.
-SIZES = {"wide": (2, 72, 13, 17), "narrow": (1, 40, 7, 6)}
+# Strips of several outputs, idle lanes and several tiles; too few outputs for long strips; pairs of channels.
+SIZES = {"wide": (2, 72, 13, 17), "narrow": (1, 40, 7, 6), "pairs": (2, 38, 11, 10)}
 
 
 def _in_layout(tensor, layout):

@@ -1,7 +1,6 @@
 // Depthwise convolution on CUDA: the choice of a kernel, and the general one.
 #include "core/dispatch.cuh"
-#include "ops/conv2d/depthwise_channels.cuh"
-#include "ops/conv2d/depthwise_planes.cuh"
+#include "ops/conv2d/depthwise_constant.cuh"
 
 namespace pvk::conv2d {
 namespace {
@@ -94,19 +93,12 @@ void run_general(const DepthwiseParams& p, Stream stream) {
 
 void gather_depthwise(const DepthwiseParams& p, Stream stream) {
   dispatch_dtype(p.dtype, [&]<typename scalar_t>() {
-    const bool channels = suits_channels<scalar_t>(p);
+    constexpr int kVec = kVec16<scalar_t>;
     const int taps = p.pool || p.spread[0] != 1 || p.spread[1] != 1 ? 0 : constant_taps(p);
-    if constexpr (!std::is_same_v<scalar_t, double>) {
-      if (taps != 0 && (channels || suits_planes(p))) {
-        return dispatch_taps(taps, [&]<int K>() {
-          if (channels && p.stride[0] == 1) return run_channels<scalar_t, K, 1, 1>(p, stream);
-          if (channels) return run_channels<scalar_t, K, 2, 1>(p, stream);
-          if (p.stride[0] == 1) return run_planes<scalar_t, K, 1, 1>(p, stream);
-          run_planes<scalar_t, K, 2, 1>(p, stream);
-        });
-      }
-    }
-    if (channels) return run_general<scalar_t, kVec16<scalar_t>>(p, stream);
+    if (p.stride[0] == 1 ? run_constant<scalar_t, 1, 1>(p, taps, stream)
+                         : run_constant<scalar_t, 2, 1>(p, taps, stream))
+      return;
+    if (suits_channels<scalar_t, kVec>(p)) return run_general<scalar_t, kVec>(p, stream);
     run_general<scalar_t, 1>(p, stream);
   });
 }

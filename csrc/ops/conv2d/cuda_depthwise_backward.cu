@@ -1,7 +1,6 @@
 // The gradient of a depthwise convolution with respect to its input, on CUDA: a forward with flipped taps.
 #include "core/dispatch.cuh"
-#include "ops/conv2d/depthwise_channels.cuh"
-#include "ops/conv2d/depthwise_planes.cuh"
+#include "ops/conv2d/depthwise_constant.cuh"
 
 namespace pvk::conv2d {
 namespace {
@@ -50,16 +49,8 @@ DepthwiseParams as_forward(const BackwardInputParams& q) {
 void backward_input_depthwise(const BackwardInputParams& q, Stream stream) {
   dispatch_dtype(q.dtype, [&]<typename scalar_t>() {
     const DepthwiseParams p = as_forward<scalar_t>(q);
-    if constexpr (!std::is_same_v<scalar_t, double>) {
-      const int taps = p.spread[0] == 2 && p.spread[1] == 2 ? constant_taps(p) : 0;
-      const bool channels = suits_channels<scalar_t>(p);
-      if (taps != 0 && (channels || suits_planes(p))) {
-        return dispatch_taps(taps, [&]<int K>() {
-          if (channels) return run_channels<scalar_t, K, 1, 2>(p, stream);
-          run_planes<scalar_t, K, 1, 2>(p, stream);
-        });
-      }
-    }
+    const int taps = p.spread[0] == 2 && p.spread[1] == 2 ? constant_taps(p) : 0;
+    if (run_constant<scalar_t, 1, 2>(p, taps, stream)) return;
     gather_depthwise(p, stream);
   });
 }

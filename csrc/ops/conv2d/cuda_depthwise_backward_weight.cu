@@ -10,7 +10,7 @@ constexpr int kBlockThreads = 256;
 constexpr int kReduceElements = 32, kReduceGroups = 8;
 constexpr int kOutputs = 4;  // of a row, that a thread multiplies at a time
 
-enum class Kind { kChannels, kPlanes, kGeneral };
+enum class Kind { kVectors, kPairs, kPlanes, kGeneral };
 
 // How a launch is cut. A unit is a segment of a row of outputs of an image, or a strip of a plane of an image.
 struct WeightPlan {
@@ -43,10 +43,10 @@ PVK_DEVICE void store_floats(T* address, const T (&value)[VEC]) {
 // ---- channels_last ----
 
 // Adds what the pixels of a unit give for row r of the taps. kCareful: pixel by pixel, without those beyond the map.
-template <typename scalar_t, int K, int STEP, bool kCareful>
+template <typename scalar_t, int VEC, int K, int STEP, bool kCareful>
 PVK_DEVICE void add_segment(const BackwardWeightParams& p, const WeightPlan& plan, int64_t unit, int64_t k, int r,
-                            float (&sum)[K][kVec16<scalar_t>]) {
-  constexpr int VEC = kVec16<scalar_t>, kWindow = (kOutputs - 1) * STEP + K;
+                            float (&sum)[K][VEC]) {
+  constexpr int kWindow = (kOutputs - 1) * STEP + K;
   const int64_t row = quotient(unit, plan.segments), n = quotient(row, p.OH);
   const int oh = int(row - n * p.OH), h = oh * STEP - int(p.padding_top) + r, W = int(p.W);
   if (h < 0 || h >= p.H) return;
@@ -97,11 +97,10 @@ PVK_DEVICE void add_segment(const BackwardWeightParams& p, const WeightPlan& pla
 // A thread owns VEC channels and one row of K taps, and has every slots-th unit of its block's part; the slots of a
 // block add up one after another. channels_last; float32. The rows of taps of a unit are neighbours, so that L1 serves
 // the pixels that they share. Partial sums are [parts, taps, K].
-template <typename scalar_t, int K, int STEP>
+template <typename scalar_t, int VEC, int K, int STEP>
 __global__ void __launch_bounds__(kBlockThreads, K* STEP == 3 ? 2 : 1)
     conv2d_depthwise_weight_channels_kernel(const __grid_constant__ BackwardWeightParams p,
                                             const __grid_constant__ WeightPlan plan) {
-  constexpr int VEC = kVec16<scalar_t>;
   SIMT_DYN_SHARED(float, sums);  // [K * K, lanes, VEC]
   const int lane = int(threadIdx.x) % plan.lanes, rest = int(threadIdx.x) / plan.lanes;
   const int r = rest % K, slot = rest / K;
@@ -121,7 +120,7 @@ __global__ void __launch_bounds__(kBlockThreads, K* STEP == 3 ? 2 : 1)
   if (works) {
 #pragma unroll 1
     for (int64_t unit = first + slot; unit < last; unit += plan.slots)
-      add_segment<scalar_t, K, STEP, false>(p, plan, unit, k, r, sum);
+      add_segment<scalar_t, VEC, K, STEP, false>(p, plan, unit, k, r, sum);
     bool finite = true;
 #pragma unroll
     for (int s = 0; s < K; ++s) finite = finite && all_finite(sum[s]);
@@ -129,7 +128,7 @@ __global__ void __launch_bounds__(kBlockThreads, K* STEP == 3 ? 2 : 1)
       clear();
 #pragma unroll 1
       for (int64_t unit = first + slot; unit < last; unit += plan.slots)
-        add_segment<scalar_t, K, STEP, true>(p, plan, unit, k, r, sum);
+        add_segment<scalar_t, VEC, K, STEP, true>(p, plan, unit, k, r, sum);
     }
   }
 #pragma unroll 1
@@ -315,27 +314,35 @@ __global__ void __launch_bounds__(kReduceElements* kReduceGroups)
 
 // ---- the choice ----
 
+template <typename scalar_t, int VEC>
+bool has_vectors(const BackwardWeightParams& p) {
+  return p.K == p.C && has_channel_vectors<scalar_t, VEC>(p.input, p.input_stride, p.C) &&
+         has_channel_vectors<scalar_t, VEC>(p.grad_output, p.grad_output_stride, p.K);
+}
+
 template <typename scalar_t>
 WeightPlan plan_of(const BackwardWeightParams& p) {
-  constexpr int64_t kVec = kVec16<scalar_t>;
   const int64_t rows = p.N * p.OH;
   WeightPlan plan{};
   const bool constant = constant_taps(p) != 0 && !std::is_same_v<scalar_t, double>;
   const bool channels = p.input_stride[1] == 1 && p.grad_output_stride[1] == 1;
   plan.kind = Kind::kGeneral;
-  if (constant && p.K == p.C && has_channel_vectors<scalar_t>(p.input, p.input_stride, p.C) &&
-      has_channel_vectors<scalar_t>(p.grad_output, p.grad_output_stride, p.K)) {
-    plan.kind = Kind::kChannels;
+  if (constant && has_vectors<scalar_t, kVec16<scalar_t>>(p)) {
+    plan.kind = Kind::kVectors;
+  } else if (constant && has_vectors<scalar_t, kPair>(p)) {
+    plan.kind = Kind::kPairs;
   } else if (constant && !channels) {
     plan.kind = Kind::kPlanes;
   }
   plan.taps_first = !channels;
   plan.multiplier = p.K / p.C;
   switch (plan.kind) {
-    case Kind::kChannels: {
-      constexpr int64_t kBlocks = kMultiprocessors * 3, kMostLanes = 8;
-      plan.lanes = int(even_part(p.C / kVec, kMostLanes));
-      plan.chunks = ceil_div(p.C / kVec, int64_t(plan.lanes));
+    case Kind::kVectors:
+    case Kind::kPairs: {
+      constexpr int64_t kBlocks = kMultiprocessors * 3;
+      const int64_t vec = plan.kind == Kind::kPairs ? kPair : kVec16<scalar_t>;
+      plan.lanes = int(even_part(p.C / vec, kLineBytes / (vec * int64_t(sizeof(scalar_t)))));
+      plan.chunks = ceil_div(p.C / vec, int64_t(plan.lanes));
       plan.slots = int(kBlockThreads / (plan.lanes * p.R));
       const int64_t wanted = ceil_div(kBlocks, plan.chunks) * plan.slots;
       // Few rows are cut into segments: of 8 outputs at least, so that they do not only read what surrounds them.
@@ -364,17 +371,18 @@ WeightPlan plan_of(const BackwardWeightParams& p) {
   return plan;
 }
 
-template <typename scalar_t, int K, int STEP>
+template <typename scalar_t, int VEC, int K, int STEP>
 void run_channels(const BackwardWeightParams& p, const WeightPlan& plan, Stream stream) {
   const int threads = ceil_div(plan.lanes * K * plan.slots, kWarpSize) * kWarpSize;
-  const size_t shared = size_t(K * K * plan.lanes) * kVec16<scalar_t> * sizeof(float);
-  launch(conv2d_depthwise_weight_channels_kernel<scalar_t, K, STEP>,
+  const size_t shared = size_t(K * K * plan.lanes) * VEC * sizeof(float);
+  launch(conv2d_depthwise_weight_channels_kernel<scalar_t, VEC, K, STEP>,
          {dim3(unsigned(plan.parts * plan.chunks)), dim3(unsigned(threads)), shared, stream}, p, plan);
 }
 
 template <typename scalar_t, int K, int STEP>
 void run_constant(const BackwardWeightParams& p, const WeightPlan& plan, Stream stream) {
-  if (plan.kind == Kind::kChannels) return run_channels<scalar_t, K, STEP>(p, plan, stream);
+  if (plan.kind == Kind::kVectors) return run_channels<scalar_t, kVec16<scalar_t>, K, STEP>(p, plan, stream);
+  if (plan.kind == Kind::kPairs) return run_channels<scalar_t, kPair, K, STEP>(p, plan, stream);
   launch(conv2d_depthwise_weight_planes_kernel<scalar_t, K, STEP>,
          {dim3(unsigned(plan.parts * p.K)), dim3(kPlaneThreads), 0, stream}, p, plan);
 }

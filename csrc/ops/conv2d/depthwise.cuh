@@ -106,12 +106,16 @@ PVK_DEVICE void store_rounded(scalar_t* address, const opmath_t<scalar_t> (&valu
 }
 
 // Whether VEC channels from each multiple of VEC on are one aligned vector.
-template <typename scalar_t>
+template <typename scalar_t, int VEC>
 bool has_channel_vectors(const void* data, const int64_t (&stride)[4], int64_t channels) {
-  constexpr int64_t kVec = kVec16<scalar_t>;
-  if (stride[1] != 1 || channels % kVec != 0 || reinterpret_cast<uintptr_t>(data) % 16 != 0) return false;
-  return stride[0] % kVec == 0 && stride[2] % kVec == 0 && stride[3] % kVec == 0;
+  if (stride[1] != 1 || channels % VEC != 0 || reinterpret_cast<uintptr_t>(data) % (VEC * sizeof(scalar_t)) != 0)
+    return false;
+  return stride[0] % VEC == 0 && stride[2] % VEC == 0 && stride[3] % VEC == 0;
 }
+
+// Vectors of the kernels for channels_last: 16 bytes, or pairs where the channels are not a multiple of those.
+constexpr int kPair = 2;
+constexpr int kLineBytes = 128;  // that a block's channels take of a pixel, at most
 
 // The K of K x K taps that kernels have as a constant, with a stride of 1 or 2; else 0. Coordinates fit an int.
 inline int constant_taps(const Conv2dParams& p) {

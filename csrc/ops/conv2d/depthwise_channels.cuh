@@ -27,17 +27,15 @@ constexpr int channels_threads(int taps, int step, int outputs) {
 }
 
 // A thread owns VEC channels of a strip of TW outputs of a row, and goes over the rows of K taps: a row's window is in
-// registers, and serves all outputs of the strip. channels_last; a block keeps its taps, and what follows the sums, in
-// shared memory. Sums in float32.
-// Neighbouring threads have neighbouring channels, then strips; a block's tile is two-dimensional, so that L1 serves
-// the rows that its strips share.
-template <typename scalar_t, int K, int STEP, int SPREAD, int TW>
+// registers, and serves all outputs of the strip. channels_last; sums in float32. A block's taps, and what follows the
+// sums, are in shared memory. Neighbouring threads have neighbouring channels, then strips; a block's tile is
+// two-dimensional, so that L1 serves the rows that its strips share.
+template <typename scalar_t, int VEC, int K, int STEP, int SPREAD, int TW>
 __global__ void __launch_bounds__(channels_threads(K, STEP, TW), has_wide_window(K, STEP, TW) ? 3 : 2)
     conv2d_depthwise_channels_kernel(const __grid_constant__ DepthwiseParams p,
                                      const __grid_constant__ ChannelsPlan plan) {
   using T = opmath_t<scalar_t>;
   using Columns = Window<K, STEP, SPREAD, TW>;
-  constexpr int VEC = kVec16<scalar_t>;
   constexpr int kRowsAtOnce = K == 3 && TW < 4 ? ceil_div(K, SPREAD) : 1;  // all loads of a short strip in flight
   using After = Epilogue<scalar_t, VEC>;
   SIMT_DYN_SHARED(scalar_t, taps);
@@ -134,13 +132,13 @@ __global__ void __launch_bounds__(channels_threads(K, STEP, TW), has_wide_window
   }
 }
 
-// Blocks of at most `threads`, with tiles as wide as `columns` at most.
-inline ChannelsPlan plan_channels(const DepthwiseParams& p, int vec, int64_t strips, int threads, int columns) {
-  constexpr int64_t kMostLanes = 8;  // 128 bytes: a line
+// Blocks of at most `threads`, with tiles as wide as `columns` at most; `bytes` of a vector.
+inline ChannelsPlan plan_channels(const DepthwiseParams& p, int vec, int bytes, int64_t strips, int threads,
+                                  int columns) {
   constexpr int64_t kBlocks = kMultiprocessors * 16;
   ChannelsPlan plan{};
   plan.strips = strips;
-  plan.lanes = int(even_part(p.C / vec, kMostLanes));
+  plan.lanes = int(even_part(p.C / vec, kLineBytes / bytes));
   plan.chunks = ceil_div(p.C / vec, int64_t(plan.lanes));
   plan.columns = int(even_part(strips, columns));
   plan.rows = int(even_part(p.OH, max_of(threads / plan.lanes / plan.columns, 1)));
@@ -152,32 +150,35 @@ inline ChannelsPlan plan_channels(const DepthwiseParams& p, int vec, int64_t str
   return plan;
 }
 
-template <typename scalar_t, int K, int STEP, int SPREAD, int TW>
-void launch_channels(const DepthwiseParams& p, const ChannelsPlan& plan, Stream stream) {
-  const size_t taps = size_t(K * K) * size_t(plan.lanes | 1) * 16;
-  const size_t after = size_t(plan.lanes) * sizeof(Epilogue<scalar_t, kVec16<scalar_t>>);
-  launch(conv2d_depthwise_channels_kernel<scalar_t, K, STEP, SPREAD, TW>,
+template <typename scalar_t, int VEC, int K, int STEP, int SPREAD, int TW>
+void launch_channels(const DepthwiseParams& p, int threads, int columns, Stream stream) {
+  constexpr int kBytes = VEC * int(sizeof(scalar_t));
+  const int64_t strips = Window<K, STEP, SPREAD, TW>::strips(p.OW, p.padding_left);
+  const ChannelsPlan plan = plan_channels(p, VEC, kBytes, strips, threads, columns);
+  const size_t taps = size_t(K * K) * size_t(plan.lanes | 1) * kBytes;
+  const size_t after = size_t(plan.lanes) * sizeof(Epilogue<scalar_t, VEC>);
+  launch(conv2d_depthwise_channels_kernel<scalar_t, VEC, K, STEP, SPREAD, TW>,
          {dim3(unsigned(plan.blocks * plan.chunks)), dim3(unsigned(plan.threads)), taps + after, stream}, p, plan);
 }
 
-template <typename scalar_t, int K, int STEP, int SPREAD>
+template <typename scalar_t, int VEC, int K, int STEP, int SPREAD>
 void run_channels(const DepthwiseParams& p, Stream stream) {
   constexpr int kWide = 4, kNarrow = SPREAD;  // with a spread of 2 a strip begins at an even place
   constexpr int64_t kEnough = kMultiprocessors * 512;
-  constexpr int VEC = kVec16<scalar_t>;
-  const int64_t wide = Window<K, STEP, SPREAD, kWide>::strips(p.OW, p.padding_left);
-  if (p.N * p.OH * wide * (p.C / VEC) >= kEnough)
-    return launch_channels<scalar_t, K, STEP, SPREAD, kWide>(
-        p, plan_channels(p, VEC, wide, channels_threads(K, STEP, kWide), 4), stream);
-  // A small map: short strips and small blocks, so that all multiprocessors get some.
-  const int64_t narrow = Window<K, STEP, SPREAD, kNarrow>::strips(p.OW, p.padding_left);
-  launch_channels<scalar_t, K, STEP, SPREAD, kNarrow>(p, plan_channels(p, VEC, narrow, 64, 8), stream);
+  const int64_t strips = ceil_div(p.OW, int64_t(kWide));
+  if (VEC == kPair || p.N * p.OH * strips * (p.C / VEC) >= kEnough) {
+    constexpr int kThreads = channels_threads(K, STEP, kWide);
+    launch_channels<scalar_t, VEC, K, STEP, SPREAD, kWide>(p, kThreads, 4, stream);
+  } else if constexpr (VEC != kPair) {
+    // A small map: short strips and small blocks, so that all multiprocessors get some.
+    launch_channels<scalar_t, VEC, K, STEP, SPREAD, kNarrow>(p, 64, 8, stream);
+  }
 }
 
-template <typename scalar_t>
+template <typename scalar_t, int VEC>
 bool suits_channels(const DepthwiseParams& p) {
-  return p.K == p.C && has_channel_vectors<scalar_t>(p.input, p.input_stride, p.C) &&
-         has_channel_vectors<scalar_t>(p.output, p.output_stride, p.K);
+  return p.K == p.C && has_channel_vectors<scalar_t, VEC>(p.input, p.input_stride, p.C) &&
+         has_channel_vectors<scalar_t, VEC>(p.output, p.output_stride, p.K);
 }
 
 }  // namespace
