@@ -344,10 +344,9 @@ WeightPlan plan_of(const BackwardWeightParams& p) {
       plan.lanes = int(even_part(p.C / vec, kLineBytes / (vec * int64_t(sizeof(scalar_t)))));
       plan.chunks = ceil_div(p.C / vec, int64_t(plan.lanes));
       plan.slots = int(kBlockThreads / (plan.lanes * p.R));
-      const int64_t wanted = ceil_div(kBlocks, plan.chunks) * plan.slots;
-      // Few rows are cut into segments: of 8 outputs at least, so that they do not only read what surrounds them.
-      const int64_t pieces =
-          max_of(min_of(ceil_div(wanted, max_of(rows, int64_t(1))), ceil_div(p.OW, int64_t(8))), int64_t(1));
+      // Few rows are cut into segments, so that a slot has several units: of 8 outputs at least.
+      const int64_t wanted = ceil_div(kBlocks, plan.chunks) * plan.slots * 4;
+      const int64_t pieces = min_of(ceil_div(wanted, max_of(rows, int64_t(1))), ceil_div(p.OW, int64_t(8)));
       plan.length = ceil_div(ceil_div(p.OW, pieces), int64_t(kOutputs)) * kOutputs;
       plan.segments = ceil_div(p.OW, plan.length);
       plan.units = rows * plan.segments;

@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(kPlaneThreads, K == 3   ? 4
   const scalar_t* const map =
       static_cast<const scalar_t*>(p.input) + n * p.input_stride[0] + quotient(k, plan.multiplier) * p.input_stride[1];
   const scalar_t* const weight = static_cast<const scalar_t*>(p.weight) + k * p.weight_stride[0];
+  scalar_t* const out = static_cast<scalar_t*>(p.output) + n * p.output_stride[0] + k * p.output_stride[1];
   T taps[K * K];
 #pragma unroll
   for (int i = 0; i < K * K; ++i)
@@ -77,26 +78,36 @@ __global__ void __launch_bounds__(kPlaneThreads, K == 3   ? 4
         first_row < 0 || first_row + Rows::kSize > H || first_column < 0 || first_column + Columns::kSize > W;
 #pragma unroll 1
     for (int i = 0; i < kPlaneRows; ++i) {  // of sum[0]: the others move up
+      const int oh = oh0 + i;
+      T value[kPlaneColumns] = {};
 #pragma unroll
       for (int j = 0; j < kPlaneColumns; ++j) {
-        const int oh = oh0 + i, ow = ow0 + j;
+        const int ow = ow0 + j;
         if (oh < 0 || oh >= p.OH || ow < 0 || ow >= p.OW) continue;
-        T value[1] = {sum[0][j]};
-        if (at_edge && !all_finite(value)) {
-          value[0] = T(0);
+        T one[1] = {sum[0][j]};
+        if (at_edge && !all_finite(one)) {
+          one[0] = T(0);
 #pragma unroll 1
           for (int t = 0; t < K * K; ++t) {
             const int y = oh * STEP - top + t / K, x = ow * STEP - left + t % K, h = y / SPREAD, w = x / SPREAD;
             if (y < 0 || x < 0 || h >= H || w >= W || (SPREAD == 2 && ((y | x) & 1) != 0)) continue;
-            value[0] =
-                fma(to_opmath(__ldg(map + h * p.input_stride[2] + w * p.input_stride[3])),
-                    to_opmath(__ldg(weight + t / K * p.weight_stride[2] + t % K * p.weight_stride[3])), value[0]);
+            one[0] = fma(to_opmath(__ldg(map + h * p.input_stride[2] + w * p.input_stride[3])),
+                         to_opmath(__ldg(weight + t / K * p.weight_stride[2] + t % K * p.weight_stride[3])), one[0]);
           }
         }
-        epilogue.apply(p, n, k, oh, ow, value);
-        const int64_t at =
-            n * p.output_stride[0] + k * p.output_stride[1] + oh * p.output_stride[2] + ow * p.output_stride[3];
-        store_rounded<scalar_t, 1>(static_cast<scalar_t*>(p.output) + at, value);
+        epilogue.apply(p, n, k, oh, ow, one);
+        value[j] = one[0];
+      }
+      if (oh >= 0 && oh < p.OH) {
+        scalar_t* const address = out + oh * p.output_stride[2] + ow0 * p.output_stride[3];
+        const bool whole = ow0 >= 0 && ow0 + kPlaneColumns <= p.OW && p.output_stride[3] == 1;
+        if (whole && reinterpret_cast<uintptr_t>(address) % (kPlaneColumns * sizeof(scalar_t)) == 0) {
+          store_rounded<scalar_t, kPlaneColumns>(address, value);
+        } else {
+#pragma unroll
+          for (int j = 0; j < kPlaneColumns; ++j)
+            if (ow0 + j >= 0 && ow0 + j < p.OW) address[j * p.output_stride[3]] = from_opmath<scalar_t>(value[j]);
+        }
       }
 #pragma unroll
       for (int m = 0; m + 1 < kPlaneRows; ++m) {
