@@ -25,7 +25,7 @@ template <typename scalar_t, int VEC>
 PVK_DEVICE void sum_taps(const DepthwiseParams& p, int64_t n, int64_t k, int64_t oh, int64_t ow,
                          opmath_t<scalar_t> (&sum)[VEC]) {
   using T = opmath_t<scalar_t>;
-  const int64_t inputs = p.C / p.groups, first = quotient(k, p.K / p.groups) * inputs;
+  const int64_t inputs = quotient(p.C, p.groups), first = quotient(k, quotient(p.K, p.groups)) * inputs;
 #pragma unroll
   for (int e = 0; e < VEC; ++e) sum[e] = T(0);
   for (int64_t r = 0; r < p.R; ++r) {

@@ -221,9 +221,7 @@ PVK_DEVICE void add_strip(const BackwardWeightParams& p, const WeightPlan& plan,
 // them, and all taps in registers. Any strides; float32. The block adds its threads up by shuffles, in a fixed order.
 // Partial sums are [parts, K, taps].
 template <typename scalar_t, int K, int STEP>
-__global__ void __launch_bounds__(kPlaneThreads, K == 3   ? 4
-                                                 : K == 5 ? 3
-                                                          : 2)
+__global__ void __launch_bounds__(kPlaneThreads, plane_blocks(K))
     conv2d_depthwise_weight_planes_kernel(const __grid_constant__ BackwardWeightParams p,
                                           const __grid_constant__ WeightPlan plan) {
   const int64_t k = int64_t(blockIdx.x) % p.K, part = int64_t(blockIdx.x) / p.K;
@@ -267,19 +265,21 @@ __global__ void __launch_bounds__(kBlockThreads, 3)
     const int64_t first = part * plan.per_part, last = min_of(first + plan.per_part, plan.units);
     T sum = T(0);
     for (int64_t row = first; row < last; ++row) {
-      const int64_t n = quotient(row, p.OH), oh = row - n * p.OH,
-                    h = oh * p.stride[0] - p.padding_top + r * p.dilation[0];
+      const int64_t n = quotient(row, p.OH), oh = row - n * p.OH;
+      const int64_t h = oh * p.stride[0] - p.padding_top + r * p.dilation[0];
       if (h < 0 || h >= p.H) continue;
       const scalar_t* const x = static_cast<const scalar_t*>(p.input) + n * p.input_stride[0] +
                                 quotient(k, plan.multiplier) * p.input_stride[1] + h * p.input_stride[2];
       const scalar_t* const g = static_cast<const scalar_t*>(p.grad_output) + n * p.grad_output_stride[0] +
                                 k * p.grad_output_stride[1] + oh * p.grad_output_stride[2];
+      T along = T(0);  // a row apart: the rounding of long sums
       int64_t w = s * p.dilation[1] - p.padding_left;
       for (int64_t ow = 0; ow < p.OW && w < p.W; ++ow, w += p.stride[1]) {
-        if (w >= 0)
-          sum =
-              fma(to_opmath(__ldg(x + w * p.input_stride[3])), to_opmath(__ldg(g + ow * p.grad_output_stride[3])), sum);
+        if (w < 0) continue;
+        const scalar_t pixel = __ldg(x + w * p.input_stride[3]), grad = __ldg(g + ow * p.grad_output_stride[3]);
+        along = fma(to_opmath(pixel), to_opmath(grad), along);
       }
+      sum += along;
     }
     static_cast<T*>(p.workspace)[i] = sum;
   }

@@ -88,7 +88,14 @@ struct Epilogue {
       T added[VEC];
       const int64_t at =
           n * p.residual_stride[0] + k * p.residual_stride[1] + oh * p.residual_stride[2] + ow * p.residual_stride[3];
-      load_strided<T, scalar_t>(p.residual, at, p.residual_stride[1], added);
+      const scalar_t* const address = static_cast<const scalar_t*>(p.residual) + at;
+      if (p.residual_stride[1] == 1 && reinterpret_cast<uintptr_t>(address) % sizeof(VecN<scalar_t, VEC>) == 0) {
+        const auto vec = load_vec<VEC>(address);
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) added[e] = to_opmath(vec.data[e]);
+      } else {
+        load_strided<T, scalar_t>(address, 0, p.residual_stride[1], added);
+      }
 #pragma unroll
       for (int e = 0; e < VEC; ++e) value[e] += added[e];
     }

@@ -17,9 +17,7 @@ struct PlanesPlan {
 // registers, and serves all outputs that read it. The plane's taps are in registers. Any strides; sums in float32.
 // Threads go along strips and planes alike, so that small planes leave no lane idle.
 template <typename scalar_t, int K, int STEP, int SPREAD>
-__global__ void __launch_bounds__(kPlaneThreads, K == 3   ? 4
-                                                 : K == 5 ? 3
-                                                          : 2)
+__global__ void __launch_bounds__(kPlaneThreads, plane_blocks(K))
     conv2d_depthwise_planes_kernel(const __grid_constant__ DepthwiseParams p, const __grid_constant__ PlanesPlan plan) {
   using T = opmath_t<scalar_t>;
   constexpr int kPlaneRows = plane_rows(K, STEP);
