@@ -67,6 +67,23 @@ OPCODES = {
         ("avg_pool2d_forward_kernel<float, 4", r"LDG\.E\.128", "16-byte loads of the map"),
         ("avg_pool2d_backward_kernel<__nv_bfloat16, 8", r"STG\.E\.128", "16-byte stores of the gradient"),
     ],
+    "conv2d_depthwise": [
+        ("conv2d_depthwise_channels_kernel<float, 4", r"LDG\.E\.128", "16-byte loads of the map"),
+        ("conv2d_depthwise_channels_kernel<__half, 8", r"STG\.E\.128", "16-byte stores of the map"),
+        ("conv2d_depthwise_channels_kernel<__nv_bfloat16, 8", r"LDG\.E\.128", "16-byte loads of the map"),
+        ("conv2d_depthwise_channels_kernel<__nv_bfloat16, 8", r"LDS\.128", "taps of 8 channels are one read"),
+        ("conv2d_depthwise_kernel<float, 4", r"LDG\.E\.128", "16-byte loads of the map"),
+    ],
+    "conv2d_depthwise_backward": [
+        ("conv2d_depthwise_channels_kernel<float, 4", r"LDG\.E\.128", "16-byte loads of the gradient"),
+        ("conv2d_depthwise_channels_kernel<__nv_bfloat16, 8", r"STG\.E\.128", "16-byte stores of the gradient"),
+    ],
+    "conv2d_depthwise_backward_weight": [
+        ("conv2d_depthwise_weight_channels_kernel<float, 4", r"LDG\.E\.128", "16-byte loads of map and gradient"),
+        ("conv2d_depthwise_weight_channels_kernel<__nv_bfloat16, 8", r"LDG\.E\.128", "16-byte loads of both"),
+        ("conv2d_depthwise_weight_channels_kernel<__half, 8", r"STG\.E\.128", "16-byte stores of partial sums"),
+        ("conv2d_depthwise_weight_planes_kernel<float", r"SHFL\.BFLY", "threads are summed over lanes"),
+    ],
     "interpolate": [
         ("interpolate_kernel<float, 4, true, false", r"LDG\.E\.128", "16-byte loads of the map"),
         ("interpolate_kernel<float, 4, false, false", r"STG\.E\.128", "16-byte stores of a row"),
@@ -124,6 +141,10 @@ OPCODES = {
 }
 # op -> (kernel, as a prefix; instruction; why it must not be there)
 FORBIDDEN = {
+    "conv2d_depthwise_backward": [("conv2d_depthwise_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics")],
+    "conv2d_depthwise_backward_weight": [
+        ("conv2d_depthwise_weight_", r"\b(ATOMG?|RED)\.", "parts are summed, and then added in order: no atomics")
+    ],
     "avg_pool2d": [("avg_pool2d_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
     "interpolate": [("interpolate_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
     "max_pool2d": [("max_pool2d_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],

@@ -139,12 +139,15 @@ PVK_DEVICE void load_strided(const void* data, DType dtype, int64_t begin, int64
   }
 }
 
-// ---- vectors: one 16-byte access where N * sizeof(T) is 16 ----
+// ---- vectors of 4, 8 or 16 bytes: one access ----
 
 template <typename T, int N>
 struct alignas(N * sizeof(T)) VecN {
   T data[N];
 };
+
+template <int BYTES>
+using RawOf = std::conditional_t<BYTES == 16, uint4, std::conditional_t<BYTES == 8, uint2, unsigned>>;
 
 template <typename scalar_t>
 constexpr int kVec16 = 16 / int(sizeof(scalar_t));
@@ -156,8 +159,9 @@ PVK_DEVICE VecN<T, N> load_vec(const T* address) {
   if constexpr (N == 1) {
     vec.data[0] = __ldg(address);
   } else {
-    static_assert(sizeof(vec) == sizeof(uint4));
-    const uint4 raw = __ldg(reinterpret_cast<const uint4*>(address));
+    using Raw = RawOf<sizeof(vec)>;
+    static_assert(sizeof(vec) == sizeof(Raw));
+    const Raw raw = __ldg(reinterpret_cast<const Raw*>(address));
     __builtin_memcpy(&vec, &raw, sizeof(vec));
   }
   return vec;
@@ -168,10 +172,11 @@ PVK_DEVICE void store_vec(T* address, const VecN<T, N>& vec) {
   if constexpr (N == 1) {
     *address = vec.data[0];
   } else {
-    static_assert(sizeof(vec) == sizeof(uint4));
-    uint4 raw;
+    using Raw = RawOf<sizeof(vec)>;
+    static_assert(sizeof(vec) == sizeof(Raw));
+    Raw raw;
     __builtin_memcpy(&raw, &vec, sizeof(vec));
-    __stwb(reinterpret_cast<uint4*>(address), raw);  // a plain store may be split into words
+    __stwb(reinterpret_cast<Raw*>(address), raw);  // a plain store may be split into words
   }
 }
 

@@ -3,7 +3,7 @@
 #include "core/dispatch.cuh"
 #include "core/launch.h"
 #include "core/warp.cuh"
-#include "ops/conv2d/conv2d.h"
+#include "ops/conv2d/cuda_kernels.h"
 
 namespace pvk::conv2d {
 namespace {
@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(kBlockThreads) conv2d_kernel(const Conv2dParam
 }  // namespace
 
 void forward(const Conv2dParams& p, Stream stream) {
+  if (is_depthwise(p)) return forward_depthwise(p, stream);
   dispatch_dtype(p.dtype, [&]<typename scalar_t>() {
     const int64_t count = p.N * p.K * p.rows_out() * p.columns_out();
     const int64_t blocks = min_of(ceil_div(count, int64_t(kBlockThreads)), int64_t(1) << 20);

@@ -3,7 +3,7 @@
 #include "core/dispatch.cuh"
 #include "core/launch.h"
 #include "core/warp.cuh"
-#include "ops/conv2d/conv2d.h"
+#include "ops/conv2d/cuda_kernels.h"
 
 namespace pvk::conv2d {
 namespace {
@@ -48,6 +48,7 @@ __global__ void __launch_bounds__(kBlockThreads) conv2d_backward_input_kernel(co
 }  // namespace
 
 void backward_input(const BackwardInputParams& p, Stream stream) {
+  if (is_depthwise(p)) return backward_input_depthwise(p, stream);
   dispatch_dtype(p.dtype, [&]<typename scalar_t>() {
     const int64_t blocks = min_of(ceil_div(p.N * p.C * p.H * p.W, int64_t(kBlockThreads)), int64_t(1) << 20);
     launch(conv2d_backward_input_kernel<scalar_t>, {dim3(unsigned(blocks)), dim3(kBlockThreads), 0, stream}, p);

@@ -2,7 +2,7 @@
 #include "core/dispatch.cuh"
 #include "core/launch.h"
 #include "core/warp.cuh"
-#include "ops/conv2d/conv2d.h"
+#include "ops/conv2d/cuda_kernels.h"
 
 namespace pvk::conv2d {
 namespace {
@@ -43,6 +43,7 @@ __global__ void __launch_bounds__(kBlockThreads) conv2d_backward_weight_kernel(c
 }  // namespace
 
 void backward_weight(const BackwardWeightParams& p, Stream stream) {
+  if (is_depthwise(p)) return backward_weight_depthwise(p, stream);
   dispatch_dtype(p.dtype, [&]<typename scalar_t>() {
     const int64_t count = p.K * (p.C / p.groups) * p.R * p.S;
     const int64_t blocks = min_of(ceil_div(count, int64_t(kBlockThreads)), int64_t(1) << 20);
@@ -50,7 +51,8 @@ void backward_weight(const BackwardWeightParams& p, Stream stream) {
   });
 }
 
-int64_t workspace_bytes(const BackwardWeightParams&) {
+int64_t workspace_bytes(const BackwardWeightParams& p) {
+  if (is_depthwise(p)) return depthwise_workspace_bytes(p);
   return 0;
 }
 
