@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, is_, methodcaller
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -149,7 +149,7 @@ _strides_of = methodcaller("stride")
 class _Assembler:
     """Writes the code of a stretch for sizes."""
 
-    writers: dict[int, Callable[[Any, Instruction], tuple[Size, list[int]]]] = {}
+    writers: ClassVar[dict[int, Callable[[Any, Instruction], tuple[Size, list[int]]]]]
 
     def __init__(self, constants: list[Tensor], arguments: Sequence[Tensor], back: bool):
         self.constants = constants
