@@ -12,8 +12,8 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kTileBytes = int(kChainScratchBytes) / kWarps;  // 16 x 8 of float32
 
-// MT x NT tiles; k may be split among warps in the first.
-enum Tile : int { kSplit, kTwo, kEight, kTiles };
+// 1 x 1, where k may be split among warps; 1 x 2; 2 x 4, of 16-bit types.
+enum Tile : int { kSplit, kTwo, kEight };
 
 // A block's shared memory, and the images that it, or its cluster, computes. Maps are whole in every block.
 template <typename scalar_t, bool CLUSTER>
@@ -122,10 +122,18 @@ struct Column {
     const int column = (layer.pool ? 2 * w + part % 2 : w) * layer.stride[1];
     return image * layer.image + (row * layer.columns + column) * layer.pitch;
   }
-  PVK_DEVICE int target(const ChainLayer& next) const {
-    return image * next.image + ((h + next.padding[0]) * next.columns + w + next.padding[1]) * next.pitch;
-  }
 };
+
+// Where a column of layer i goes: in the next layer's map, or in the output.
+template <typename scalar_t, bool CLUSTER>
+PVK_DEVICE int64_t target_of(const ChainParams& p, const Place<scalar_t, CLUSTER>& at, int i, int column) {
+  if (column >= at.images * p.layers[i].pixels()) return -1;
+  const Column c(p.layers[i], column);
+  if (i + 1 == p.count)
+    return (at.first + c.image) * p.output_stride[0] + c.h * p.output_stride[2] + c.w * p.output_stride[3];
+  const ChainLayer& next = p.layers[i + 1];
+  return c.image * next.image + ((c.h + next.padding[0]) * next.columns + c.w + next.padding[1]) * next.pitch;
+}
 
 PVK_DEVICE float larger(float a, float b) {
   return b > a || b != b ? b : a;  // as max_pool2d: NaN wins
@@ -136,7 +144,7 @@ template <typename scalar_t>
 struct Ends {
   float bias[2], scale[2], shift[2];
   bool there[2];
-  PVK_DEVICE Ends(const ChainLayer& layer, int row) {
+  PVK_DEVICE void load(const ChainLayer& layer, int row) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int k = row + 8 * half;
@@ -151,23 +159,43 @@ struct Ends {
     return dtype == DType::kFloat32 ? __ldg(static_cast<const float*>(values) + k)
                                     : to_opmath(__ldg(static_cast<const scalar_t*>(values) + k));
   }
-  PVK_DEVICE float operator()(const ChainLayer& layer, float sum, int half) const {
-    const float value = activate(layer.activation, (sum + bias[half]) * scale[half] + shift[half]);
-    return there[half] ? value : 0.f;
-  }
+  PVK_DEVICE float affine(float sum, int half) const { return (sum + bias[half]) * scale[half] + shift[half]; }
 };
 
-// One tile into the output, or into the next layer's map in every block of the cluster.
+// The rarer ones one after another, by way of the warp's scratch: their code, unrolled, would fill the cache.
+PVK_DEVICE void activate_all(Activation activation, float (&values)[2][2], float* mine) {
+  if (activation == Activation::kNone) return;
+  if (activation == Activation::kRelu) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i / 2][i % 2] = activate(Activation::kRelu, values[i / 2][i % 2]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) mine[i] = values[i / 2][i % 2];
+#pragma unroll 1
+  for (int i = 0; i < 4; ++i) mine[i] = activate(activation, mine[i]);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) values[i / 2][i % 2] = mine[i];
+  sync_warp();  // others write there next
+}
+
+// One tile into the output, or into the next layer's map in every block of the cluster. `target` is where column g
+// goes, or -1.
 template <typename scalar_t, bool CLUSTER>
 PVK_DEVICE void store_tile(const ChainParams& p, const Place<scalar_t, CLUSTER>& at, int i, const MmaC& sums, int m,
-                           int column, const Ends<scalar_t>& ends, int warp, int lane) {
+                           int64_t target, const Ends<scalar_t>& ends, int warp, int lane) {
   const ChainLayer& layer = p.layers[i];
-  const int g = lane / 4, t = lane % 4, all = at.images * layer.pixels();
+  const int g = lane / 4, t = lane % 4;
   float values[2][2];  // half, column
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int j = 0; j < 2; ++j) values[half][j] = ends.affine(sums.values[half * 2 + j], half);
+  activate_all(layer.activation, values, reinterpret_cast<float*>(at.scratch(warp)) + lane * 4);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) values[half][j] = ends(layer, sums.values[half * 2 + j], half);
+    for (int j = 0; j < 2; ++j) values[half][j] = ends.there[half] ? values[half][j] : 0.f;
     if (layer.pool) {
       const float best = larger(values[half][0], values[half][1]);
       values[half][0] = larger(best, shfl_xor(best, 1));
@@ -176,10 +204,8 @@ PVK_DEVICE void store_tile(const ChainParams& p, const Place<scalar_t, CLUSTER>&
   if (i + 1 == p.count) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      if (column + 2 * t + j >= all || (layer.pool && (t % 2 != 0 || j > 0))) continue;
-      const Column c(layer, column + 2 * t + j);
-      const int64_t to =
-          (at.first + c.image) * p.output_stride[0] + c.h * p.output_stride[2] + c.w * p.output_stride[3];
+      const int64_t to = shfl(target, 8 * t + 4 * j);
+      if (to < 0 || (layer.pool && (t % 2 != 0 || j > 0))) continue;
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         if (ends.there[half])
@@ -203,15 +229,14 @@ PVK_DEVICE void store_tile(const ChainParams& p, const Place<scalar_t, CLUSTER>&
   sync_warp();
   constexpr int kVectors = int(sizeof(scalar_t));  // of 16 bytes, in 16 channels
   constexpr int kEach = 16 / kVectors;
-  const int target = column + g < all ? Column(layer, column + g).target(p.layers[i + 1]) : -1;
-  const int pixels = layer.pool ? 2 : 8, copies = pixels * kVectors * at.blocks;
+  const int shift = layer.pool ? 1 : 3;  // 2 or 8 pixels
 #pragma unroll 1
-  for (int first = 0; first < copies; first += kWarpSize) {
-    const int copy = first + lane, vector = copy % kVectors, pixel = copy / kVectors % pixels;
-    const int to = shfl(target, pixel * (layer.pool ? 16 : 4));
-    if (copy >= copies || to < 0) continue;
+  for (int first = 0; first < at.blocks * kVectors << shift; first += kWarpSize) {
+    const int copy = first + lane, vector = copy % kVectors, pixel = copy / kVectors & ((1 << shift) - 1);
+    const int to = shfl(int(target), pixel << (5 - shift)), block = copy / kVectors >> shift;
+    if (block >= at.blocks || to < 0) continue;
     scalar_t* const mine = at.map(p, i + 1) + to + m * 16 + vector * kEach;
-    *reinterpret_cast<uint4*>(at.in_block(mine, copy / (kVectors * pixels))) =
+    *reinterpret_cast<uint4*>(at.in_block(mine, block)) =
         *reinterpret_cast<const uint4*>(turned + pixel * 16 + vector * kEach);
   }
   sync_warp();
@@ -261,12 +286,15 @@ PVK_DEVICE void run_tiles(const ChainParams& p, const Place<scalar_t, CLUSTER>& 
       }
     }
     if (works && split == 0) {
+      Ends<scalar_t> ends[MT];
 #pragma unroll
-      for (int j = 0; j < MT; ++j) {
-        if (m + j >= m_tiles) continue;
-        const Ends<scalar_t> ends(layer, (m + j) * 16 + lane / 4);
+      for (int j = 0; j < MT; ++j) ends[j].load(layer, (m + j) * 16 + lane / 4);
 #pragma unroll
-        for (int n = 0; n < NT; ++n) store_tile(p, at, i, sums[j][n], m + j, column + n * 8, ends, warp, lane);
+      for (int n = 0; n < NT; ++n) {
+        const int64_t target = target_of(p, at, i, column + n * 8 + lane / 4);
+#pragma unroll
+        for (int j = 0; j < MT; ++j)
+          if (m + j < m_tiles) store_tile(p, at, i, sums[j][n], m + j, target, ends[j], warp, lane);
       }
     }
     if (kSplits && splits > 1) __syncthreads();
@@ -281,7 +309,7 @@ PVK_DEVICE void run_layer(const ChainParams& p, const Place<scalar_t, CLUSTER>& 
     case kTwo:
       return run_tiles<Product, 1, 2>(p, at, i);
     case kEight:
-      if constexpr (Product::kWide) run_tiles<Product, 2, 4>(p, at, i);
+      if constexpr (sizeof(scalar_t) == 2) run_tiles<Product, 2, 4>(p, at, i);
   }
 }
 

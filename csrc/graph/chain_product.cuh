@@ -28,8 +28,6 @@ PVK_DEVICE T load_group(const void* map, size_t bytes, bool there) {
 // scalar_t of 16 bits, on tensor cores.
 template <typename scalar_t>
 struct HalfProduct {
-  static constexpr bool kWide = true;
-
   template <int MT, int NT>
   PVK_DEVICE static void add(MmaC (&sums)[MT][NT], const Factors<scalar_t, MT, NT>& f, int lane) {
     const int* const table = f.table + lane % 4;
@@ -65,8 +63,6 @@ struct FloatRows {
 
 // float32 rounded to tf32, on tensor cores.
 struct Tf32Product {
-  static constexpr bool kWide = true;
-
   template <int MT, int NT>
   PVK_DEVICE static void add(MmaC (&sums)[MT][NT], const Factors<float, MT, NT>& f, int lane) {
     const int* const table = f.table + lane % 4;
@@ -97,8 +93,6 @@ struct Tf32Product {
 
 // float32 by fused multiply-adds: a lane sums its four factors for all columns, and at the end lanes add up over t.
 struct FloatProduct {
-  static constexpr bool kWide = false;
-
   template <int MT, int NT>
   PVK_DEVICE static void add(MmaC (&sums)[MT][NT], const Factors<float, MT, NT>& f, int lane) {
     static_assert(MT == 1);

@@ -105,7 +105,7 @@ bool chain_fits(ChainParams& p) {
 void run_chain(ChainParams& p, Stream stream) {
   const Split split = split_images(p, Device());
   const size_t bytes = size_t(place(p, split.images));
-  for (int i = 0; i < p.count; ++i) choose_tile(p.layers[i], split, p.dtype != DType::kFloat32 || p.layers[i].tf32);
+  for (int i = 0; i < p.count; ++i) choose_tile(p.layers[i], split, p.dtype != DType::kFloat32);
   switch (p.dtype) {
     case DType::kFloat32:
       return run<float>(p, split, bytes, stream);
