@@ -18,11 +18,11 @@ from pyvision_kernels.convert.fuse import plan_of
 
 UNIT = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
-pytestmark = [
-    pytest.mark.simt,
-    pytest.mark.usefixtures("emulator"),
-    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+
+def on_the_emulator(test):
+    return pytest.mark.simt(pytest.mark.usefixtures("emulator")(test))
 
 
 class _Strided(nn.Sequential):
@@ -111,15 +111,15 @@ class _CallByCall(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _check(name, dtype, seed, layout=torch.contiguous_format):
+def _check(name, dtype, seed, layout=torch.contiguous_format, device="cpu"):
     make, size = MODELS[name]
-    stock = _stock(make, dtype)
-    wide, picture = copy.deepcopy(stock).double(), torch.randn(size).to(dtype)
+    stock = _stock(make, dtype).to(device)
+    wide, picture = copy.deepcopy(stock).double(), torch.randn(size).to(device, dtype)
     if len(size) == 4:
         picture = picture.contiguous(memory_format=layout)
     with torch.no_grad():
         exact, theirs = wide(picture.double()), stock(picture)
-        with _simt.emulated(seed, global_races=True):
+        with _simt.emulated(seed, global_races=True) if device == "cpu" else contextlib.nullcontext():
             model = pvk.convert(copy.deepcopy(stock), fuse=True)
             ours = model(picture)
             assert _ran_at_once(model)
@@ -128,18 +128,32 @@ def _check(name, dtype, seed, layout=torch.contiguous_format):
     assert (ours - exact).abs().max() <= allowed
 
 
+@on_the_emulator
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_chain_is_as_exact_as_its_layers(name, dtype):
     _check(name, dtype, seed=1)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
+@pytest.mark.parametrize("images", [1, 7, 300])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_chain_on_a_gpu(name, images, dtype, monkeypatch):
+    make, size = MODELS[name]
+    monkeypatch.setitem(MODELS, name, (make, (images, *size[1:])))
+    _check(name, dtype, seed=0, device="cuda")
+
+
+@on_the_emulator
 @pytest.mark.parametrize("seed", [0, 3])
 @pytest.mark.parametrize("name", ["cnn of odd size", "strided", "flat"])
 def test_no_schedule_changes_it(name, seed):
     _check(name, torch.bfloat16, seed, torch.channels_last)
 
 
+@on_the_emulator
 @torch.no_grad()
 def test_layers_one_by_one_differ_by_rounding():
     stock, picture = _stock(pvk.models.CNN, torch.bfloat16), torch.randn(2, 3, 24, 24, dtype=torch.bfloat16)
@@ -159,6 +173,7 @@ def _rounded(tensor):
     return ((tensor.float().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
+@on_the_emulator
 @pytest.mark.parametrize("size", [(1, 3, 9, 9), (2, 3, 34, 33)], ids=str)
 @torch.no_grad()
 def test_tf32_rounds_factors_alone(monkeypatch, size):
@@ -179,6 +194,7 @@ def test_tf32_rounds_factors_alone(monkeypatch, size):
     assert difference.mean() <= 2.0**-17 * expected.abs().max()
 
 
+@on_the_emulator
 @torch.no_grad()
 def test_values_that_are_not_finite_stay_where_they_are():
     stock = _stock(_Flat)
@@ -206,6 +222,7 @@ def _convolutions(*layers):
     return lambda: nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())))
 
 
+@on_the_emulator
 @pytest.mark.parametrize(
     ("make", "size", "dtype"),
     [
@@ -230,6 +247,7 @@ def test_what_does_not_fit_runs_layer_by_layer(make, size, dtype):
     torch.testing.assert_close(ours, stock(picture))
 
 
+@on_the_emulator
 @torch.no_grad()
 def test_changes_of_weights_are_seen():
     picture = torch.randn(1, 3, 13, 13)
@@ -272,6 +290,7 @@ def _captured():
     return calls
 
 
+@on_the_emulator
 @torch.no_grad()
 def test_wrong_code_is_an_error():
     with _simt.emulated(0):
