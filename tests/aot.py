@@ -1,9 +1,9 @@
 """Ahead-of-time check of the CUDA kernels, without a GPU: `python tests/aot.py [--arch 80 90 100] [--full]`.
 
-Compiles every csrc/ops/*/cuda*.cu, and csrc/graph/cuda.cu, for each architecture with the flags of setup.py, and fails where a kernel spills or
-needs a stack frame without a reason in aot_allowed.json, where such a reason no longer applies, and where a kernel
-lacks the instruction that it was written for. The same for the kernels of tests/simt/right.cu, as "core": they use all
-PTX of csrc/core.
+Compiles every csrc/ops/*/cuda*.cu, and csrc/graph/cuda.cu, for each architecture with the flags of setup.py, and fails
+where a kernel spills or needs a stack frame without a reason in aot_allowed.json, where such a reason no longer
+applies, and where a kernel lacks the instruction that it was written for. The same for the kernels of
+tests/simt/right.cu, as "core": they use all PTX of csrc/core.
 """
 
 from __future__ import annotations

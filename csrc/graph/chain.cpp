@@ -6,50 +6,21 @@
 #include "graph/chain.h"
 
 #include <list>
-#include <vector>
 
-#include "core/binding.h"
+#include "graph/code.h"
 #include "ops/conv2d/binding.h"
 #include "ops/linear/binding.h"
 
 namespace pvk::graph {
 namespace {
 
-constexpr const char* kOp = "_graph";
-
 // Values are those of program.py.
 enum class Kind : int64_t { kConv2d = 0, kLinear = 1, kFlatten = 9 };
-
-using Tensors = std::vector<Tensor>;
-using Numbers = std::vector<int64_t>;
-
-class Reader {
- public:
-  Reader(const int64_t* numbers, size_t count) : at_(numbers), end_(numbers + count) {}
-
-  bool is_done() const { return at_ == end_; }
-  int64_t next() { return *next(1); }
-  const int64_t* next(size_t count) {
-    PVK_CHECK(count <= size_t(end_ - at_), kOp, ": expected more numbers than there are");
-    at_ += count;
-    return at_ - count;
-  }
-  // Passes over the next number where it is this one.
-  bool skip(int64_t number) {
-    if (*next(1) == number) return true;
-    --at_;
-    return false;
-  }
-
- private:
-  const int64_t* at_;
-  const int64_t* end_;
-};
 
 class Chain {
  public:
   Chain(const Tensors& inputs, const Tensors& constants, const Tensor& code, Stream stream)
-      : constants_(constants), stream_(stream), code_(reader_of(code)), like_(input_of(inputs)), input_(like_) {
+      : constants_(constants), stream_(stream), code_(code), like_(input_of(inputs)), input_(like_) {
     params_.dtype = dtype_of(kOp, "inputs", input_);
     PVK_CHECK(params_.dtype != DType::kFloat64, kOp, ": expected inputs to be float32, float16 or bfloat16 on CUDA");
     params_.input = input_.data();
@@ -65,7 +36,7 @@ class Chain {
   bool fits() { return fits_ && chain_fits(params_); }
 
   Tensor run(const Numbers& outputs) {
-    Reader said(outputs.data(), outputs.size());
+    Code said(outputs);
     const int64_t id = said.next(), channels_last = said.next(), rank = said.next();
     bool agree = id == values_ && rank == value_.dim();
     for (int64_t i = 0; agree && i < rank; ++i) agree = said.next() == value_.size(i);
@@ -85,30 +56,11 @@ class Chain {
   }
 
  private:
-  static Reader reader_of(const Tensor& code) {
-    PVK_CHECK(code.dim() == 1 && code.scalar_type() == ScalarType::Long && code.is_contiguous() && code.is_cpu(), kOp,
-              ": expected code to be int64 of one dimension, on the CPU, but got ", shape_of(code), " of ",
-              code.scalar_type());
-    return Reader(static_cast<const int64_t*>(code.data_ptr()), size_t(code.numel()));
-  }
-
   static const Tensor& input_of(const Tensors& inputs) {
     PVK_CHECK(inputs.size() == 1, kOp, ": expected one input on CUDA, but got ", inputs.size());
     PVK_CHECK(inputs[0].dim() == 2 || inputs[0].dim() == 4, kOp,
               ": expected the input to have 2 or 4 dimensions, but got ", shape_of(inputs[0]));
     return inputs[0];
-  }
-
-  const Tensor& constant() {
-    const int64_t index = code_.next();
-    PVK_CHECK(index >= 0 && index < int64_t(constants_.size()), kOp, ": expected an index below ", constants_.size(),
-              " of a constant, but got ", index);
-    return constants_[size_t(index)];
-  }
-
-  OptionalTensor optional_constant() {
-    if (code_.skip(-1)) return std::nullopt;
-    return constant();
   }
 
   void expect(int64_t wanted, const char* what) {
@@ -139,10 +91,11 @@ class Chain {
 
   void conv2d() {
     expect(-1, "the residual");
-    held_.push_back({constant(), {}, {}, {}, {}});
+    held_.push_back({code_.constant(constants_), {}, {}, {}, {}});
     conv2d::Constants& constants = held_.back();
-    for (auto* const held : {&constants.bias, &constants.scale, &constants.shift}) *held = optional_constant();
-    const Tensor& packed = constant();
+    for (auto* const held : {&constants.bias, &constants.scale, &constants.shift})
+      *held = code_.optional_constant(constants_);
+    const Tensor& packed = code_.constant(constants_);
     const int64_t activation = code_.next(), pool = code_.next(), algorithm = code_.next();
     const conv2d::Call call{code_.next(conv2d::kGeometryNumbers), activation, pool != 0, algorithm};
     const conv2d::Conv2dParams c = conv2d::prepare("conv2d", value_, constants, nullptr, call, stream_);
@@ -171,10 +124,10 @@ class Chain {
   // A convolution whose taps are the pixels of the map, to one pixel.
   void linear() {
     expect(-1, "the residual");
-    held_.push_back({constant(), {}, {}, {}, {}});
+    held_.push_back({code_.constant(constants_), {}, {}, {}, {}});
     conv2d::Constants& held = held_.back();
-    linear::Constants constants{held.weight, optional_constant(), {}};
-    const Tensor& packed = constant();
+    linear::Constants constants{held.weight, code_.optional_constant(constants_), {}};
+    const Tensor& packed = code_.constant(constants_);
     const int64_t activation = code_.next(), algorithm = code_.next();
     const linear::LinearParams l = linear::prepare("linear", value_, constants, nullptr, activation, stream_);
     held.bias = constants.bias;  // contiguous now
@@ -216,7 +169,7 @@ class Chain {
 
   const Tensors& constants_;
   const Stream stream_;
-  Reader code_;
+  Code code_;
   const Tensor& like_;
   const View input_;
   View value_;           // as the checks of layers see it
