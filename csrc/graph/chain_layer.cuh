@@ -95,6 +95,7 @@ PVK_DEVICE void load_input(const ChainParams& p, const Place<scalar_t, CLUSTER>&
   __syncthreads();
   const int C = layer.C, pixels = layer.H * layer.W;
   const bool by_channels = p.input_stride[1] == 1;
+#pragma unroll 4
   for (int i = int(threadIdx.x); i < at.images * C * pixels; i += kThreads) {
     const int image = i / (C * pixels), within = i % (C * pixels);
     const int c = by_channels ? within % C : within / pixels, pixel = by_channels ? within / C : within % pixels;
@@ -102,7 +103,7 @@ PVK_DEVICE void load_input(const ChainParams& p, const Place<scalar_t, CLUSTER>&
     const int64_t from =
         (at.first + image) * p.input_stride[0] + c * p.input_stride[1] + h * p.input_stride[2] + w * p.input_stride[3];
     map[image * layer.image + ((h + layer.padding[0]) * layer.columns + w + layer.padding[1]) * layer.pitch + c] =
-        static_cast<const scalar_t*>(p.input)[from];
+        __ldg(static_cast<const scalar_t*>(p.input) + from);
   }
 }
 
@@ -245,7 +246,7 @@ PVK_DEVICE void store_tile(const ChainParams& p, const Place<scalar_t, CLUSTER>&
 // Tiles of layer i; `splits` warps share the sum of one, which they add in order.
 template <typename Product, int MT, int NT, typename scalar_t, bool CLUSTER>
 PVK_DEVICE void run_tiles(const ChainParams& p, const Place<scalar_t, CLUSTER>& at, int i) {
-  constexpr bool kSplits = MT * NT == 1;
+  constexpr bool kSplits = MT * NT == 1, kEarlyEnds = kSplits && sizeof(scalar_t) == 2;
   const ChainLayer& layer = p.layers[i];
   const int warp = int(threadIdx.x) / kWarpSize, lane = int(threadIdx.x) % kWarpSize;
   const int all = at.images * layer.pixels(), k_tiles = layer.k_tiles(), m_tiles = layer.m_tiles();
@@ -258,7 +259,13 @@ PVK_DEVICE void run_tiles(const ChainParams& p, const Place<scalar_t, CLUSTER>& 
     const bool works = item < items;
     const int m = item / columns * MT, column = item % columns * NT * 8;
     MmaC sums[MT][NT] = {};
+    Ends<scalar_t> ends[MT];
+    const auto load_ends = [&] {
+#pragma unroll
+      for (int j = 0; j < MT; ++j) ends[j].load(layer, (m + j) * 16 + lane / 4);
+    };
     if (works) {
+      if constexpr (kEarlyEnds) load_ends();  // beside the weights; others have no registers left
       Factors<scalar_t, MT, NT> f;
 #pragma unroll
       for (int j = 0; j < MT; ++j)
@@ -286,9 +293,7 @@ PVK_DEVICE void run_tiles(const ChainParams& p, const Place<scalar_t, CLUSTER>& 
       }
     }
     if (works && split == 0) {
-      Ends<scalar_t> ends[MT];
-#pragma unroll
-      for (int j = 0; j < MT; ++j) ends[j].load(layer, (m + j) * 16 + lane / 4);
+      if constexpr (!kEarlyEnds) load_ends();
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
         const int64_t target = target_of(p, at, i, column + n * 8 + lane / 4);
