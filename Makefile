@@ -92,10 +92,11 @@ format: $(READY)
 	@$(RUN) -m ruff format .
 	@$(CLANG_FORMAT) -i $$($(CPP_FILES))
 
-aot: $(READY)
+# After the build, whose objects hold the architectures of the library.
+aot: build
 	@$(RUN) tests/aot.py
 
-aot-full: $(READY)
+aot-full: build
 	@$(RUN) tests/aot.py --full
 
 # Where torch is importable and a GPU is there: no network, no virtual environment.

@@ -1,9 +1,10 @@
 """Ahead-of-time check of the CUDA kernels, without a GPU: `python tests/aot.py [--arch 80 90 100] [--full]`.
 
-Compiles every csrc/ops/*/cuda*.cu, and csrc/graph/cuda.cu, for each architecture with the flags of setup.py, and fails
-where a kernel spills or needs a stack frame without a reason in aot_allowed.json, where such a reason no longer
-applies, and where a kernel lacks the instruction that it was written for. The same for the kernels of
-tests/simt/right.cu, as "core": they use all PTX of csrc/core.
+Takes every csrc/ops/*/cuda*.cu, and csrc/graph/cuda.cu, for each architecture from the objects of the build, or
+compiles it with the same flags where the build has none that is newer than the sources. Fails where a kernel needs a
+stack frame, as one that spills does, without a reason in aot_allowed.json, where such a reason no longer applies, and
+where a kernel lacks the instruction that it was written for. The same for the kernels of tests/simt/right.cu, as
+"core": they use all PTX of csrc/core.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from setup import NVCC_FLAGS, find_nvcc  # noqa: E402
+from setup import NVCC_FLAGS, build_folder, find_nvcc  # noqa: E402
 
 ALLOWED = Path(__file__).with_name("aot_allowed.json")
 ARCHS = ["80", "90", "100"]
 ARCHS_FULL = ["80", "86", "89", "90", "100", "120"]
-FLAGS = [*NVCC_FLAGS.split(), f"-I{ROOT / 'csrc'}", "-Xptxas", "-v"]
+FLAGS = [*NVCC_FLAGS.split(), f"-I{ROOT / 'csrc'}"]
 
 # An op's cuda.cu bears its name, its cuda_<part>.cu that of the op and the part.
 SOURCES = {
@@ -163,22 +164,25 @@ class Kernel:
     registers: int = 0
     shared: int = 0
     stack: int = 0
-    spill_stores: int = 0
-    spill_loads: int = 0
 
     @property
     def key(self) -> str:
         return f"sm_{self.arch} {self.name}"
 
-    @property
-    def spills(self) -> bool:
-        return bool(self.stack or self.spill_stores or self.spill_loads)
+
+@dataclass(frozen=True)
+class Tools:
+    """What reads compiled kernels; nvdisasm may be absent, then opcodes are not checked."""
+
+    nvcc: Path
+    cuobjdump: Path
+    nvdisasm: Path | None
 
 
-def find_disassembler(nvcc: Path) -> Path | None:
-    on_path = shutil.which("nvdisasm")
-    candidates = [nvcc.resolve().parent / "nvdisasm"] + ([Path(on_path)] if on_path else [])
-    candidates.append(Path(sysconfig.get_paths()["purelib"]) / "triton/backends/nvidia/bin/nvdisasm")
+def find_tool(nvcc: Path, name: str) -> Path | None:
+    on_path = shutil.which(name)
+    candidates = [nvcc.resolve().parent / name] + ([Path(on_path)] if on_path else [])
+    candidates.append(Path(sysconfig.get_paths()["purelib"]) / "triton/backends/nvidia/bin" / name)
     return next((path for path in candidates if path.is_file()), None)
 
 
@@ -194,38 +198,23 @@ def demangle(symbol: str) -> str:
     return re.sub(r"^(\w+::)+", "", name)
 
 
-def parse(log: str, op: str, arch: str) -> list[Kernel]:
-    """The kernels in what `ptxas -v` printed."""
-    kernels: list[Kernel] = []
-    for line in log.splitlines():
-        if match := re.search(r"Compiling entry function '(\S+)'", line):
-            kernels.append(Kernel(op, arch, match[1], demangle(match[1])))
-            continue
-        if not kernels:
-            continue
-        kernel = kernels[-1]
-        if match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            # Properties of a function that the kernel calls come under the function's own name: they add up.
-            kernel.stack += int(match[1])
-            kernel.spill_stores += int(match[2])
-            kernel.spill_loads += int(match[3])
-        if match := re.search(r"Used (\d+) registers", line):
-            kernel.registers = int(match[1])
-        if match := re.search(r"(\d+) bytes smem", line):
-            kernel.shared = int(match[1])
-    return kernels
+def parse(text: str, op: str, arch: str) -> list[Kernel]:
+    """The kernels in what `cuobjdump -res-usage` prints."""
+    usage = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
+    return [
+        Kernel(op, arch, symbol, demangle(symbol), int(registers), int(shared), int(stack))
+        for symbol, registers, stack, shared in usage.findall(text)
+    ]
 
 
 def check_spills(kernels: list[Kernel], allowed: dict[str, str]) -> list[str]:
     archs = {f"sm_{kernel.arch}" for kernel in kernels}
-    spilling = {kernel.key: kernel for kernel in kernels if kernel.spills}
+    spilling = {kernel.key: kernel for kernel in kernels if kernel.stack}
     problems = [
-        f"{key}: stack frame {kernel.stack} bytes, spill stores {kernel.spill_stores}, spill loads {kernel.spill_loads}"
-        for key, kernel in spilling.items()
-        if key not in allowed
+        f"{key}: a stack frame of {kernel.stack} bytes" for key, kernel in spilling.items() if key not in allowed
     ]
     problems += [
-        f"{key}: {ALLOWED.name} excuses it, but it does not spill"
+        f"{key}: {ALLOWED.name} excuses it, but it needs no stack frame"
         for key in allowed
         if key not in spilling and key.split()[0] in archs
     ]
@@ -264,23 +253,49 @@ def check_opcodes(kernels: list[Kernel], sass: dict[str, str]) -> list[str]:
     return problems
 
 
-def compile_one(nvcc: Path, disassembler: Path | None, op: str, arch: str) -> tuple[list[Kernel], list[str]]:
-    source = SOURCES[op]
+def built_object(op: str) -> Path | None:
+    """The object of the build, where it is newer than all sources."""
+    if not SOURCES[op].is_relative_to(ROOT / "csrc"):
+        return None
+    parts = SOURCES[op].relative_to(ROOT / "csrc").with_suffix("").parts
+    path = build_folder(torch.__version__) / "cuda" / f"{'_'.join(parts)}.o"
+    sources = [file for file in (ROOT / "csrc").rglob("*") if file.suffix in (".h", ".cuh", ".cu")]
+    newest = max(file.stat().st_mtime for file in [*sources, ROOT / "setup.py"])
+    return path if path.is_file() and path.stat().st_mtime > newest else None
+
+
+def cubin_of(tools: Tools, op: str, arch: str, folder: Path) -> Path:
+    """From the build's object where that has the architecture, else compiled."""
+    found = built_object(op)
+    if found is not None:
+        run([tools.cuobjdump, "-xelf", f".sm_{arch}.", found], folder)
+        if extracted := list(folder.glob("*.cubin")):
+            return extracted[0]
+    cubin = folder / "out.cubin"
+    run([tools.nvcc, *FLAGS, f"-arch=sm_{arch}", "-cubin", SOURCES[op], "-o", cubin], folder)
+    return cubin
+
+
+def run(command: list[Path | str], folder: Path) -> str:
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=folder)
+    if result.returncode != 0:
+        raise RuntimeError(f"{Path(command[0]).name} failed\n{result.stdout}{result.stderr}")
+    return result.stdout
+
+
+def check_one(tools: Tools, op: str, arch: str) -> tuple[list[Kernel], list[str]]:
+    kernels: list[Kernel] = []
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "out.cubin"
-        command = [str(nvcc), *FLAGS, f"-arch=sm_{arch}", "-cubin", str(source), "-o", str(cubin)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode != 0:
-            return [], [f"sm_{arch} {op}: nvcc failed\n{result.stdout}{result.stderr}"]
-        kernels = parse(result.stdout + result.stderr, op, arch)
-        if not kernels:
-            return [], [f"sm_{arch} {op}: ptxas -v named no kernel"]
-        if disassembler is None:
-            return kernels, []
-        result = subprocess.run([str(disassembler), "-c", str(cubin)], capture_output=True, text=True)
-        if result.returncode != 0:
-            return kernels, [f"sm_{arch} {op}: {disassembler.name} failed\n{result.stderr}"]
-        return kernels, check_opcodes(kernels, split_sass(result.stdout))
+        try:
+            cubin = cubin_of(tools, op, arch, Path(folder))
+            kernels = parse(run([tools.cuobjdump, "-res-usage", cubin], cubin.parent), op, arch)
+            if not kernels:
+                raise RuntimeError("cuobjdump names no kernel")
+            if tools.nvdisasm is None:
+                return kernels, []
+            return kernels, check_opcodes(kernels, split_sass(run([tools.nvdisasm, "-c", cubin], cubin.parent)))
+        except RuntimeError as error:
+            return kernels, [f"sm_{arch} {op}: {error}"]
 
 
 def print_table(kernels: list[Kernel], allowed: dict[str, str]) -> None:
@@ -292,7 +307,7 @@ def print_table(kernels: list[Kernel], allowed: dict[str, str]) -> None:
     for kernel in kernels:
         rows.setdefault(kernel.name, {})[kernel.arch] = kernel
     table = Table(
-        title="registers + static shared memory (bytes); spilled bytes where there are any", title_justify="left"
+        title="registers + static shared memory (bytes); the stack frame where there is one", title_justify="left"
     )
     table.add_column("kernel")
     for arch in archs:
@@ -302,9 +317,8 @@ def print_table(kernels: list[Kernel], allowed: dict[str, str]) -> None:
         for arch in archs:
             kernel = rows[name].get(arch)
             text = f"{kernel.registers} + {kernel.shared}" if kernel else "-"
-            if kernel and kernel.spills:
-                spilled = kernel.spill_stores + kernel.spill_loads
-                text += f" [{'yellow' if kernel.key in allowed else 'red'}]stack {kernel.stack}, spill {spilled}[/]"
+            if kernel and kernel.stack:
+                text += f" [{'yellow' if kernel.key in allowed else 'red'}]stack {kernel.stack}[/]"
             cells.append(text)
         table.add_row(name, *cells)
     console = Console()
@@ -326,18 +340,22 @@ def main() -> int:
             "aot: no nvcc in CUDA_HOME, on PATH or beside torch. `make aot` installs one beside torch.", file=sys.stderr
         )
         return 1
-    disassembler = find_disassembler(nvcc)
+    cuobjdump, nvdisasm = find_tool(nvcc, "cuobjdump"), find_tool(nvcc, "nvdisasm")
+    if cuobjdump is None:
+        print("aot: no cuobjdump beside nvcc, on PATH or in triton (pip install triton)", file=sys.stderr)
+        return 1
+    tools = Tools(nvcc, cuobjdump, nvdisasm)
     allowed = json.loads(ALLOWED.read_text())
     start = time.monotonic()
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
-        tasks = [pool.submit(compile_one, nvcc, disassembler, op, arch) for arch in archs for op in SOURCES]
+        tasks = [pool.submit(check_one, tools, op, arch) for arch in archs for op in SOURCES]
         results = [task.result() for task in tasks]
     kernels = [kernel for found, _ in results for kernel in found]
     problems = [problem for _, found in results for problem in found] + check_spills(kernels, allowed)
 
     if kernels:
         print_table([kernel for kernel in kernels if kernel.op != "core"], allowed)
-    if disassembler is None:
+    if nvdisasm is None:
         print("aot: opcodes NOT checked: no nvdisasm beside nvcc, on PATH or in triton (pip install triton)")
     for problem in problems:
         print(f"aot: {problem}", file=sys.stderr)
