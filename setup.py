@@ -199,6 +199,14 @@ def bindings() -> list[Path]:
     return [path for path in sources("csrc/ops/*/*.cpp") if path.stem == path.parent.name]
 
 
+def cuda_bindings() -> list[Path]:
+    return [*bindings(), *sources("csrc/graph/chain.cpp")]
+
+
+def cuda_kernels() -> list[Path]:
+    return [*sources("csrc/ops/*/cuda*.cu"), *sources("csrc/graph/cuda*.cu")]
+
+
 def build_folder(torch_version: str) -> Path:
     return ROOT / "build" / f"torch-{torch_version}-{sysconfig.get_config_var('SOABI')}"
 
@@ -337,8 +345,8 @@ class BuildNinja(build_ext):
             f"-ccbin {compiler.split()[-1]} {gencode_flags(cuda.archs)} -MD -MF $out.d -c $in -o $out",
         )
         flags = f"{self.torch_flags} -DUSE_CUDA -DPVK_CUDA -DPVK_NAMESPACE=pvk -DPVK_DISPATCH_KEY=CUDA"
-        objects = [file.compile(path, "cuda", flags) for path in bindings()]
-        objects += [file.compile(path, "cuda", rule="nvcc") for path in sources("csrc/ops/*/cuda*.cu")]
+        objects = [file.compile(path, "cuda", flags) for path in cuda_bindings()]
+        objects += [file.compile(path, "cuda", rule="nvcc") for path in cuda_kernels()]
         libraries = f"{self.torch_libraries} -ltorch_cuda -lc10_cuda {cuda.runtime}"
         file.build("libpvk_cuda.so", "link", objects, libraries)
 
@@ -353,8 +361,8 @@ class BuildNinja(build_ext):
 
         # First in both: of an inline function that the kernels' files have too, the linker keeps the one without hooks.
         runtime = [file.compile(path, self.simt, host) for path in sources("csrc/simt/*.cpp")]
-        objects = [file.compile(path, self.simt, binding) for path in bindings()]
-        objects += [file.compile(path, self.simt, kernel) for path in sources("csrc/ops/*/cuda*.cu")]
+        objects = [file.compile(path, self.simt, binding) for path in cuda_bindings()]
+        objects += [file.compile(path, self.simt, kernel) for path in cuda_kernels()]
         file.build(f"libpvk_{self.simt}.so", "link", runtime + objects, f"{link} {self.torch_libraries}")
         objects = [file.compile(path, self.simt, kernel) for path in sources("tests/simt/*.cu")]
         objects += [file.compile(path, self.simt, host) for path in sources("tests/simt/*.cpp")]

@@ -44,7 +44,6 @@ class Contract:
     backward: Callable[..., Any] | None
     autocast: Callable[..., tuple[Any, ...]] | None
     vmap: Callable[..., Any] | None
-    cpu_only: bool = False
     cuda_only: bool = False
 
     @property
@@ -126,7 +125,6 @@ def declare(
     backward: Callable[..., Any] | None = None,
     autocast: Callable[..., tuple[Any, ...]] | None = None,
     vmap: Callable[..., Any] | None = None,
-    cpu_only: bool = False,
     cuda_only: bool = False,
 ) -> Op:
     """Declares `pvk::<name>`.
@@ -136,15 +134,14 @@ def declare(
         fake: Takes the arguments, checks what shapes, dtypes and devices can show, returns empty outputs.
         setup_context, backward, vmap: As on a `torch.autograd.Function`; an op without them has no gradient, no vmap.
         autocast: Maps the arguments to those that the op gets under autocast, on CPU and CUDA.
-        cpu_only: No kernel of ours runs it on CUDA.
-        cuda_only: None on the CPU.
+        cuda_only: No kernel of ours runs it on the CPU.
     """
-    contract = Contract(schema, fake, setup_context, backward, autocast, vmap, cpu_only, cuda_only)
+    contract = Contract(schema, fake, setup_context, backward, autocast, vmap, cuda_only)
     op = Op(contract, define(contract, _library))
     for key, library in LIBRARIES.items():
         if key == "CPU" and cuda_only:
             _library.impl(op.name, _refuser(op.name), key)
-        elif library.handle is None and not (cpu_only and key == "CUDA"):
+        elif library.handle is None:
             _library.impl(op.name, _raiser(op.name, key), key)
     if backward is not None and setup_context is not None:
         op.function = _function(op, setup_context, backward, vmap)

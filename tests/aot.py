@@ -1,10 +1,10 @@
 """Ahead-of-time check of the CUDA kernels, without a GPU: `python tests/aot.py [--arch 80 90 100] [--full]`.
 
-Takes every csrc/ops/*/cuda*.cu for each architecture from the objects of the build, or compiles it with the same flags
-where the build has none that is newer than the sources. Fails where a kernel needs a stack frame, as one that spills
-does, without a reason in aot_allowed.json, where such a reason no longer applies, and where a kernel lacks the
-instruction that it was written for. The same for the kernels of tests/simt/right.cu, as "core": they use all PTX of
-csrc/core.
+Takes every csrc/ops/*/cuda*.cu, and csrc/graph/cuda.cu, for each architecture from the objects of the build, or
+compiles it with the same flags where the build has none that is newer than the sources. Fails where a kernel needs a
+stack frame, as one that spills does, without a reason in aot_allowed.json, where such a reason no longer applies, and
+where a kernel lacks the instruction that it was written for. The same for the kernels of tests/simt/right.cu, as
+"core": they use all PTX of csrc/core.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,10 +41,11 @@ SOURCES = {
     path.parent.name + path.stem.removeprefix("cuda"): path
     for path in sorted((ROOT / "csrc" / "ops").glob("*/cuda*.cu"))
 }
+SOURCES["graph"] = ROOT / "csrc" / "graph" / "cuda.cu"
 SOURCES["core"] = ROOT / "tests" / "simt" / "right.cu"
 
-# op -> (kernel, as a prefix; instruction; why it must be there)
-OPCODES = {
+# op -> (kernel, as a prefix; instruction; why it must be there; the first architecture that has it, if not all do)
+OPCODES: dict[str, list[tuple[Any, ...]]] = {
     "core": [
         ("matmul_kernel<__half", r"HMMA\.16816", "mma_m16n8k16"),
         ("matmul_kernel<__nv_bfloat16", r"HMMA\.16816\.F32\.BF16", "mma_m16n8k16"),
@@ -53,6 +55,17 @@ OPCODES = {
         ("matmul_kernel<__half", r"LDGSTS\.E\.BYPASS\.128", "cp_async of 16 bytes, past L1"),
         ("matmul_kernel<float, 4>", r"LDGSTS\.E", "cp_async of 4 bytes"),
         ("named_barrier_kernel", r"BAR\.ARV", "arrival at a named barrier"),
+    ],
+    "graph": [
+        ("graph_chain_kernel<__nv_bfloat16, false", r"HMMA\.16816\.F32\.BF16", "tensor cores"),
+        ("graph_chain_kernel<__half, false", r"HMMA\.16816\.F32 ", "tensor cores"),
+        ("graph_chain_kernel<float, false", r"HMMA\.1688\.F32\.TF32", "tensor cores where tf32 is allowed"),
+        ("graph_chain_kernel<float, false", r"FFMA", "fused multiply-adds where it is not"),
+        ("graph_chain_kernel<__half, false", r"LDG\.E\.128\.CONSTANT", "weights straight into registers"),
+        ("graph_chain_kernel<__half, false", r"LDS\.64", "4 channels of a pixel in one read"),
+        ("graph_chain_kernel<__half, true", r"UCGABAR_ARV", "the barrier of a cluster", 90),
+        ("graph_chain_kernel<__half, true", r"HMMA\.16816\.F32 ", "tensor cores", 90),
+        ("graph_chain_kernel<__half, true", r"\bST\.E\.128", "16-byte stores into other blocks", 90),
     ],
     "roi_align": [
         ("roi_align_forward_channels_kernel<float, 4", r"LDG\.E\.128", "16-byte loads of the map"),
@@ -140,11 +153,12 @@ OPCODES = {
     ],
 }
 # op -> (kernel, as a prefix; instruction; why it must not be there)
-FORBIDDEN = {
+FORBIDDEN: dict[str, list[tuple[Any, ...]]] = {
     "conv2d_depthwise_backward": [("conv2d_depthwise_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics")],
     "conv2d_depthwise_backward_weight": [
         ("conv2d_depthwise_weight_", r"\b(ATOMG?|RED)\.", "parts are summed, and then added in order: no atomics")
     ],
+    "graph": [("graph_chain_", r"\b(ATOMG?|RED)\.", "sums are added in order: no atomics")],
     "avg_pool2d": [("avg_pool2d_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
     "interpolate": [("interpolate_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
     "max_pool2d": [("max_pool2d_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
@@ -246,7 +260,9 @@ def check_opcodes(kernels: list[Kernel], sass: dict[str, str]) -> list[str]:
     """Of one op and architecture."""
     problems = []
     for table, wanted in ((OPCODES, True), (FORBIDDEN, False)):
-        for prefix, opcode, reason in table.get(kernels[0].op, []):
+        for prefix, opcode, reason, *first in table.get(kernels[0].op, []):
+            if first and int(kernels[0].arch) < first[0]:
+                continue
             matching = [kernel for kernel in kernels if kernel.name.startswith(prefix)]
             if not matching:
                 problems.append(f"sm_{kernels[0].arch} {prefix}: no such kernel, but the table of opcodes names it")

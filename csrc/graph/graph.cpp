@@ -8,8 +8,8 @@
 #include <optional>
 #include <vector>
 
-#include "core/binding.h"
 #include "core/scratch.h"
+#include "graph/code.h"
 #include "graph/maps.h"
 #include "ops/conv2d/binding.h"
 #include "ops/linear/binding.h"
@@ -17,13 +17,8 @@
 namespace pvk::graph {
 namespace {
 
-constexpr const char* kOp = "_graph";
-
 // Values are those of program.py; beyond kLinear they are those of MapOp.
 enum class Kind : int64_t { kConv2d, kLinear, kMap };
-
-using Tensors = std::vector<Tensor>;
-using Numbers = std::vector<int64_t>;
 
 using Block = std::shared_ptr<void>;
 
@@ -54,7 +49,7 @@ class Interpreter {
  public:
   Interpreter(const Tensors& inputs, const Tensors& constants, const Numbers& outputs, const Tensor& code,
               Stream stream)
-      : constants_(constants), stream_(stream), like_(inputs[0]), element_size_(like_.element_size()) {
+      : constants_(constants), code_(code), stream_(stream), like_(inputs[0]), element_size_(like_.element_size()) {
     for (const Tensor& input : inputs) {
       check_same_device(kOp, "inputs", input, "the first", inputs[0]);
       PVK_CHECK(input.dim() <= 4 && input.scalar_type() == inputs[0].scalar_type(), kOp,
@@ -62,24 +57,21 @@ class Interpreter {
                 input.scalar_type());
       values_.push_back({View(input), nullptr, std::nullopt, true});
     }
-    read(outputs.data(), outputs.size());
-    while (at_ < end_) {
-      Output output{next(), next() != 0, {}};
-      const int64_t rank = next();
+    Code said(outputs);
+    while (!said.is_done()) {
+      Output output{said.next(), said.next() != 0, {}};
+      const int64_t rank = said.next();
       PVK_CHECK(rank == 2 || rank == 4, kOp, ": expected an output to have 2 or 4 dimensions, but got ", rank);
-      for (int64_t i = 0; i < rank; ++i) output.sizes.push_back(next());
+      for (int64_t i = 0; i < rank; ++i) output.sizes.push_back(said.next());
       PVK_CHECK(output_of(output.id) == nullptr, kOp, ": expected an output to be named once, but got ", output.id,
                 " twice");
       outputs_.push_back(std::move(output));
     }
-    PVK_CHECK(code.dim() == 1 && code.scalar_type() == ScalarType::Long && code.is_contiguous(), kOp,
-              ": expected code to be int64 of one dimension, but got ", shape_of(code), " of ", code.scalar_type());
-    read(static_cast<const int64_t*>(code.data_ptr()), size_t(code.numel()));
   }
 
   Tensors run() {
     const int64_t inputs = int64_t(values_.size());
-    while (at_ < end_) step();
+    while (!code_.is_done()) step();
     Tensors results;
     for (const Output& output : outputs_) {
       PVK_CHECK(output.id >= inputs && output.id < int64_t(values_.size()), kOp,
@@ -90,19 +82,6 @@ class Interpreter {
   }
 
  private:
-  void read(const int64_t* numbers, size_t count) {
-    at_ = numbers;
-    end_ = numbers + count;
-  }
-
-  int64_t next() { return *next(1); }
-
-  const int64_t* next(size_t count) {
-    PVK_CHECK(count <= size_t(end_ - at_), kOp, ": expected more numbers than there are");
-    at_ += count;
-    return at_ - count;
-  }
-
   const Output* output_of(int64_t id) const {
     for (const Output& output : outputs_)
       if (output.id == id) return &output;
@@ -110,32 +89,13 @@ class Interpreter {
   }
 
   Value& value() {
-    const int64_t id = next();
+    const int64_t id = code_.next();
     PVK_CHECK(id >= 0 && id < int64_t(values_.size()) && values_[size_t(id)].lives, kOp,
               ": expected an operand to be a value that was made and not freed, but got ", id);
     return values_[size_t(id)];
   }
 
-  // Whether the next operand is none, -1; then it is passed over.
-  bool is_absent() {
-    if (*next(1) == -1) return true;
-    --at_;
-    return false;
-  }
-
-  const Tensor& constant() {
-    const int64_t index = next();
-    PVK_CHECK(index >= 0 && index < int64_t(constants_.size()), kOp, ": expected an index below ", constants_.size(),
-              " of a constant, but got ", index);
-    return constants_[size_t(index)];
-  }
-
-  std::optional<Tensor> optional_constant() {
-    if (is_absent()) return std::nullopt;
-    return constant();
-  }
-
-  const View* optional_map() { return is_absent() ? nullptr : &value().view; }
+  const View* optional_map() { return code_.is_absent() ? nullptr : &value().view; }
 
   // Maps within the graph are channels_last; of those that leave it, a convolution's may be contiguous.
   bool leaves_contiguous() const {
@@ -163,7 +123,7 @@ class Interpreter {
   }
 
   void step() {
-    const int64_t kind = next();
+    const int64_t kind = code_.next();
     Value made;
     if (kind == int64_t(Kind::kConv2d)) {
       made = conv2d();
@@ -175,7 +135,7 @@ class Interpreter {
       made = map(MapOp(op));
     }
     values_.push_back(std::move(made));
-    const int64_t freed = next();
+    const int64_t freed = code_.next();
     for (int64_t i = 0; i < freed; ++i) {
       Value& dead = value();
       dead.lives = false;
@@ -186,11 +146,11 @@ class Interpreter {
   Value conv2d() {
     const View& input = value().view;
     const View* const residual = optional_map();
-    conv2d::Constants constants{constant(), {}, {}, {}, {}};
+    conv2d::Constants constants{code_.constant(constants_), {}, {}, {}, {}};
     for (auto* const held : {&constants.bias, &constants.scale, &constants.shift, &constants.packed})
-      *held = optional_constant();
-    const int64_t activation = next(), pool = next(), algorithm = next();
-    const conv2d::Call call{next(conv2d::kGeometryNumbers), activation, pool != 0, algorithm};
+      *held = code_.optional_constant(constants_);
+    const int64_t activation = code_.next(), pool = code_.next(), algorithm = code_.next();
+    const conv2d::Call call{code_.next(conv2d::kGeometryNumbers), activation, pool != 0, algorithm};
     conv2d::Conv2dParams p = conv2d::prepare("conv2d", input, constants, residual, call, stream_);
     Value made = make({p.N, p.K, p.rows_out(), p.columns_out()}, !leaves_contiguous());
     conv2d::run(p, made.view, stream_);
@@ -200,9 +160,9 @@ class Interpreter {
   Value linear() {
     const View& input = value().view;
     const View* const residual = optional_map();
-    linear::Constants constants{constant(), {}, {}};
-    for (auto* const held : {&constants.bias, &constants.packed}) *held = optional_constant();
-    const int64_t activation = next();
+    linear::Constants constants{code_.constant(constants_), {}, {}};
+    for (auto* const held : {&constants.bias, &constants.packed}) *held = code_.optional_constant(constants_);
+    const int64_t activation = code_.next();
     linear::LinearParams p = linear::prepare("linear", input, constants, residual, activation, stream_);
     Value made = make({p.M, p.K}, false);
     linear::run(p, made.view, stream_);
@@ -259,7 +219,7 @@ class Interpreter {
       rows = columns = 1;
     } else if (op == MapOp::kMaxPool) {
       for (int64_t* const pair : {p.kernel, p.stride, p.padding})
-        for (int i = 0; i < 2; ++i) pair[i] = next();
+        for (int i = 0; i < 2; ++i) pair[i] = code_.next();
       rows = p.OH = pooled(p, 0, p.H);
       columns = p.OW = pooled(p, 1, p.W);
     } else if (op == MapOp::kScale) {
@@ -275,7 +235,7 @@ class Interpreter {
       p.shift = data_of(shift);
     }
     if (op == MapOp::kAffine || op == MapOp::kActivate) {
-      const int64_t activation = next();
+      const int64_t activation = code_.next();
       PVK_CHECK(activation >= 0 && activation <= int64_t(Activation::kSigmoid), kOp,
                 ": expected activation to be 0 to 6, but got ", activation);
       p.activation = Activation(activation);
@@ -300,7 +260,7 @@ class Interpreter {
   }
 
   Tensor channels(const MapParams& p, const char* name) {
-    const Tensor& tensor = constant();
+    const Tensor& tensor = code_.constant(constants_);
     PVK_CHECK(tensor.dim() == 1 && tensor.size(0) == p.C && tensor.is_contiguous(), kOp, ": expected ", name,
               " to have size [", p.C, "], but got ", shape_of(tensor));
     PVK_CHECK(dtype_of(kOp, name, tensor) == p.scale_dtype, kOp, ": expected ", name,
@@ -310,7 +270,7 @@ class Interpreter {
   }
 
   Value concatenate() {
-    const int64_t count = next();
+    const int64_t count = code_.next();
     PVK_CHECK(count > 0, kOp, ": expected at least one map to concatenate, but got ", count);
     std::vector<View> parts;
     int64_t total = 0;
@@ -338,8 +298,7 @@ class Interpreter {
   }
 
   const Tensors& constants_;
-  const int64_t* at_ = nullptr;
-  const int64_t* end_ = nullptr;
+  Code code_;
   const Stream stream_;
   const Tensor& like_;
   const int64_t element_size_;

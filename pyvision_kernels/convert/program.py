@@ -1,16 +1,17 @@
-"""A stretch of a fused forward as one call: the code of the operator `_graph` (csrc/graph/graph.cpp).
+"""A stretch of a fused forward as one call: the code of the operator `_graph` (csrc/graph).
 
 What is known of a stretch before it is called are its instructions; which kernel each runs, and what that reads of the
 weights, is decided for the sizes of the arguments. A stretch with a size or a type that has no instruction, or whose
-weights cannot be kept, runs call by call.
+weights cannot be kept, runs call by call. On CUDA the operator is one launch, and takes a chain of layers alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, is_, methodcaller
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,9 +19,11 @@ from torch import Tensor
 from pyvision_kernels import _activation
 from pyvision_kernels._backend import CHOICE
 from pyvision_kernels._check import FLOATING
-from pyvision_kernels._op import declare
+from pyvision_kernels._op import declare, runs_cuda_kernels
 from pyvision_kernels._packed import PLAIN, FoldedNorm, keeps, kept_by
+from pyvision_kernels.convert import chain
 from pyvision_kernels.convert.steps import Conv2dStep, LinearStep, NormStep
+from pyvision_kernels.ops.conv2d.algorithm import DIRECT, TF32
 from pyvision_kernels.ops.conv2d.operator import TORCH, decide_for
 from pyvision_kernels.ops.linear import pack_for
 
@@ -50,9 +53,7 @@ def _fake(inputs, constants, outputs, code):
 
 
 # outputs: of each, the place of the value, whether it is channels_last, rank, sizes. code: the instructions.
-graph_op = declare(
-    "_graph(Tensor[] inputs, Tensor[] constants, int[] outputs, Tensor code) -> Tensor[]", fake=_fake, cpu_only=True
-)
+graph_op = declare("_graph(Tensor[] inputs, Tensor[] constants, int[] outputs, Tensor code) -> Tensor[]", fake=_fake)
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ class Program:
 
     def _assemble(self, stretch: Stretch, arguments: Sequence[Tensor], back: bool) -> None:
         self.seen = self._look()
-        assembler = _Assembler(self.constants, arguments, back)
+        kind = _ChainAssembler if runs_cuda_kernels(arguments[0]) else _Assembler
+        assembler = kind(self.constants, arguments, back)
         try:
             self.outputs, self.code = assembler.assemble(stretch)
         except DoesNotFit:
@@ -147,10 +149,13 @@ _strides_of = methodcaller("stride")
 class _Assembler:
     """Writes the code of a stretch for sizes."""
 
+    writers: ClassVar[dict[int, Callable[[Any, Instruction], tuple[Size, list[int]]]]]
+
     def __init__(self, constants: list[Tensor], arguments: Sequence[Tensor], back: bool):
         self.constants = constants
         self.made: list[tuple[Any, Tensor]] = []  # what keeps it, and a tensor that was made of weights
-        self.dtype = arguments[0].dtype
+        self.arguments = arguments
+        self.dtype, self.device = arguments[0].dtype, arguments[0].device
         self.back = back
         self.sizes: list[Size] = [tuple(argument.shape) for argument in arguments]
         self.channels_last = [
@@ -163,7 +168,10 @@ class _Assembler:
     def assemble(self, stretch: Stretch) -> tuple[list[int], Tensor]:
         code: list[int] = []
         for instruction, dying in zip(stretch.instructions, stretch.dying, strict=True):
-            size, numbers = _WRITERS[instruction.kind](self, instruction)
+            write = self.writers.get(instruction.kind)
+            if write is None:
+                raise DoesNotFit
+            size, numbers = write(self, instruction)
             if min(size) < 1:
                 raise DoesNotFit
             self.sizes.append(size)
@@ -193,7 +201,7 @@ class _Assembler:
 
     def _weight(self, step: Any) -> Tensor:
         weight = step.parameters["weight"]
-        if weight.dtype is not self.dtype or not weight.is_cpu:
+        if weight.dtype is not self.dtype or weight.device != self.device:
             raise DoesNotFit
         return weight
 
@@ -285,7 +293,75 @@ class _Assembler:
         return (images, channels * rows * columns), [value]
 
 
-_WRITERS: dict[int, Callable[[_Assembler, Instruction], tuple[Size, list[int]]]] = {
+class _ChainAssembler(_Assembler):
+    """Writes it for CUDA, where all layers are one launch."""
+
+    def __init__(self, constants: list[Tensor], arguments: Sequence[Tensor], back: bool):
+        super().__init__(constants, arguments, back)
+        self.map: Size = self.sizes[0][1:]  # of the value so far, flattened or not
+        self.bytes = self.products = 0
+        self.tf32 = _allow_tf32(arguments[0])
+
+    def assemble(self, stretch: Stretch) -> tuple[list[int], Tensor]:
+        instructions = stretch.instructions
+        in_turn = all(instruction.inputs == (place,) for place, instruction in enumerate(instructions))
+        if not in_turn or stretch.outputs != [len(instructions)] or self.dtype is torch.float64:
+            raise DoesNotFit
+        outputs, code = super().assemble(stretch)
+        if not chain.fits_op(list(self.arguments), self.constants, code):
+            raise DoesNotFit
+        return outputs, code
+
+    def _pack(self, step: Any, size: Size, map_size: Size = ()) -> Tensor:
+        weight = self._weight(step)
+        self.bytes += weight.numel() * weight.element_size()
+        self.products += weight.numel() * math.prod(size[2:])
+        if self.bytes > chain.MOST_BYTES or self.products > chain.MOST_PRODUCTS:
+            raise DoesNotFit
+        packed = step.packs.get(weight, ("chain", map_size), lambda: chain.pack(weight, map_size))
+        if packed is None:
+            raise DoesNotFit
+        self.made.append((step.packs, packed))
+        return packed
+
+    def conv2d(self, instruction: Instruction) -> tuple[Size, list[int]]:
+        step, value = instruction.step, instruction.inputs[0]
+        size, weight, geometry = self._map(value), self._weight(step), step.geometry
+        rows, columns = geometry.output_size(size[2:], weight.shape[2:])
+        result = (size[0], weight.shape[0], rows, columns)
+        if size[1] != weight.shape[1] or geometry.groups != 1 or geometry.padding_mode != 0 or min(result) < 1:
+            raise DoesNotFit
+        packed = self._pack(step, result)
+        scale, shift = (None, None) if step.norm is None else self._folded(step.norm)
+        held = weight, step.parameters["bias"], scale, shift, packed
+        options = step.number, int(step.pool), TF32 if self.tf32[0] else DIRECT
+        if step.pool:
+            result = (*result[:2], rows // 2, columns // 2)
+        self.map = result[1:]
+        return result, [value, -1, *map(self._constant, held), *options, *geometry.numbers]
+
+    def linear(self, instruction: Instruction) -> tuple[Size, list[int]]:
+        step, value = instruction.step, instruction.inputs[0]
+        size, weight = self.sizes[value], self._weight(step)
+        if len(size) != 2 or size[1] != weight.shape[1]:
+            raise DoesNotFit
+        result = (size[0], weight.shape[0])
+        packed = self._pack(step, result, (*self.map, 1, 1)[:3])
+        held = weight, step.parameters["bias"], packed
+        self.map = result[1:]
+        options = _activation.NUMBERS[step.activation], TF32 if self.tf32[1] else DIRECT
+        return result, [value, -1, *map(self._constant, held), *options]
+
+
+def _allow_tf32(argument: Tensor) -> tuple[bool, bool]:
+    """Whether convolutions, and whether linear layers, may round float32 to tf32: where PyTorch's may."""
+    if CHOICE.strict or not argument.is_cuda or argument.dtype is not torch.float32:
+        return False, False
+    precision = torch._C._get_fp32_precision_getter
+    return precision("cuda", "conv") == "tf32", precision("cuda", "matmul") == "tf32"
+
+
+_Assembler.writers = {
     CONV2D: _Assembler.conv2d,
     LINEAR: _Assembler.linear,
     MEAN: _Assembler.mean,
@@ -295,6 +371,11 @@ _WRITERS: dict[int, Callable[[_Assembler, Instruction], tuple[Size, list[int]]]]
     ACTIVATE: _Assembler.same,
     HARDSIGMOID: _Assembler.same,
     CONCATENATE: _Assembler.concatenate,
+    FLATTEN: _Assembler.flatten,
+}
+_ChainAssembler.writers = {
+    CONV2D: _ChainAssembler.conv2d,
+    LINEAR: _ChainAssembler.linear,
     FLATTEN: _Assembler.flatten,
 }
 KIND_OF_STEP = {Conv2dStep: CONV2D, LinearStep: LINEAR, NormStep: AFFINE}
@@ -340,13 +421,14 @@ class Stretch:
             return None
         first, grad = arguments[0], torch.is_grad_enabled()
         for argument in arguments:  # a factor may be a number
-            plain = type(argument) is Tensor and argument.is_cpu and argument.dtype is first.dtype
+            plain = type(argument) is Tensor and argument.device == first.device and argument.dtype is first.dtype
             if not plain or (grad and argument.requires_grad):
                 return None
         dtype = first.dtype
-        if dtype not in FLOATING:
+        if dtype not in FLOATING or not (first.is_cpu or first.is_cuda):
             return None
-        key = back, CHOICE.key, dtype, *[(argument.shape, argument.stride()) for argument in arguments]
+        how = (first.device, *_allow_tf32(first)) if runs_cuda_kernels(first) else None
+        key = back, CHOICE.key, how, dtype, *[(argument.shape, argument.stride()) for argument in arguments]
         program = self.programs.get(key)
         if program is not None and program.is_current():
             return program
