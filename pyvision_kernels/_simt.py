@@ -58,7 +58,11 @@ def options() -> Options | None:
 @functools.cache
 def twins() -> dict[str, torch._ops.OpOverload]:
     """Every op with a CUDA kernel declared in the second namespace, with the same contract."""
-    return {name: define(op.contract, _library) for name, op in REGISTRY.items() if not op.contract.cpu_only}
+    return {
+        name: define(op.contract, _library)
+        for name, op in REGISTRY.items()
+        if not op.contract.cpu_only and op.contract.implementation is None
+    }
 
 
 @contextlib.contextmanager
