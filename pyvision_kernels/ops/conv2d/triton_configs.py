@@ -69,6 +69,12 @@ _TABLE[100, "tf32"] = _TABLE[90, "tf32"]
 _TABLE[90, "ieee"] = _TABLE[100, "ieee"] = _TABLE[80, "ieee"]
 
 
+def shapes(arch: int, dtype: torch.dtype, precision: str) -> dict[str, tuple[Config, ...]]:
+    """The configurations of an architecture and a type, by the shape of the result."""
+    family = max(known for known in (80, 90, 100) if known <= max(arch, 80))
+    return _TABLE[family, precision if dtype == torch.float32 else "half"]
+
+
 def candidates(arch: int, dtype: torch.dtype, precision: str, m: int, n: int) -> tuple[Config, ...]:
     """Configurations for a result of m x n elements, the default first.
 
@@ -76,10 +82,8 @@ def candidates(arch: int, dtype: torch.dtype, precision: str, m: int, n: int) ->
         arch: Compute capability: 80, 89, 90, 100, ...
         precision: "tf32" or "ieee", of products in float32.
     """
-    kind = precision if dtype == torch.float32 else "half"
-    family = max(known for known in (80, 90, 100) if known <= max(arch, 80))
     shape = "narrow" if min(m, n) <= _NARROW else "few" if m * n <= _FEW else "wide"
-    return _TABLE[family, kind][shape]
+    return shapes(arch, dtype, precision)[shape]
 
 
 def configs(arch: int, problem: Problem, direction: str = FORWARD, precision: str = "ieee") -> tuple[Config, ...]:

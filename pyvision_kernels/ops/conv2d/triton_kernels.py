@@ -92,21 +92,64 @@ def _taps(phase, BEFORE: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr,
 def _largest_of_four(
     x,
     DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BOX_N: tl.constexpr,
     BOX_H: tl.constexpr,
     BOX_W: tl.constexpr,
 ):
-    """[BLOCK_M, BLOCK_N] -> [BLOCK_M / 4, BLOCK_N]: over windows of pixels in the order of _pixels; NaN wins."""
+    """[BLOCK_N, BLOCK_M] -> [BLOCK_N, BLOCK_M / 4]: over windows of pixels in the order of _pixels; NaN wins."""
     if DESCRIPTORS:
-        x = x.reshape(BOX_N, BOX_H // 2, 2, BOX_W // 2, 2, BLOCK_N).permute(0, 1, 3, 5, 2, 4)
-        x = x.reshape(BLOCK_M // 4, BLOCK_N, 2, 2)
-    else:
-        x = x.reshape(BLOCK_M // 4, 2, 2, BLOCK_N).permute(0, 3, 1, 2)
-    left, right = tl.split(x)
+        x = x.reshape(BLOCK_N, BOX_N, BOX_H // 2, 2, BOX_W // 2, 2).permute(0, 1, 2, 4, 3, 5)
+    left, right = tl.split(x.reshape(BLOCK_N, BLOCK_M // 4, 2, 2))
     top, bottom = tl.split(tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL))
     return tl.maximum(top, bottom, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _described(
+    ptr,
+    N,
+    C,
+    H,
+    W,
+    stride_n,
+    stride_c,
+    stride_h,
+    stride_w,
+    BY_PIXELS: tl.constexpr,
+    BOX_N: tl.constexpr,
+    BOX_C: tl.constexpr,
+    BOX_H: tl.constexpr,
+    BOX_W: tl.constexpr,
+):
+    """The descriptor of a map: of [N, H, W, C], or of [N, C, H, W] where pixels follow each other in memory."""
+    if BY_PIXELS:
+        return tl.make_tensor_descriptor(
+            ptr, [N, C, H, W], [stride_n, stride_c, stride_h, 1], [BOX_N, BOX_C, BOX_H, BOX_W]
+        )
+    else:
+        return tl.make_tensor_descriptor(
+            ptr, [N, H, W, C], [stride_n, stride_h, stride_w, 1], [BOX_N, BOX_H, BOX_W, BOX_C]
+        )
+
+
+@triton.jit
+def _box(descriptor, n, c, h, w, BY_PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr):
+    """[CHANNELS, PIXELS] of a map; zeros outside."""
+    if BY_PIXELS:
+        return descriptor.load([n, c, h, w]).reshape(CHANNELS, PIXELS)
+    else:
+        return descriptor.load([n, h, w, c]).reshape(PIXELS, CHANNELS).T
+
+
+@triton.jit
+def _gathered(channel_ptrs, offsets, there, inside, BY_PIXELS: tl.constexpr):
+    """[channels, pixels] of a map or of a weight by pointers; zeros where a mask says so."""
+    if BY_PIXELS:
+        return tl.load(channel_ptrs[:, None] + offsets[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+    else:
+        return tl.load(channel_ptrs[None, :] + offsets[:, None], mask=there[None, :] & inside[:, None], other=0.0).T
 
 
 @triton.jit
@@ -193,16 +236,18 @@ def conv2d_kernel(
         PH, PW = OH, OW
     if DESCRIPTORS:
         m_tiles = ((N + BOX_N - 1) // BOX_N) * ((PH + BOX_H - 1) // BOX_H) * ((PW + BOX_W - 1) // BOX_W)
-        x_desc = tl.make_tensor_descriptor(
-            input_ptr, [N, H, W, channels], [stride_xn, stride_xh, stride_xw, 1], [BOX_N, BOX_H, BOX_W, BLOCK_K]
+        x_desc = _described(
+            input_ptr,
+            *(N, channels, H, W, stride_xn, stride_xc, stride_xh, stride_xw),
+            *(INPUT_BY_PIXELS, BOX_N, BLOCK_K, BOX_H, BOX_W),
         )
         if WEIGHT_BY_OUTPUTS:
             w_desc = tl.make_tensor_descriptor(
-                weight_ptr, [channels, R * S, outputs], [stride_wc, stride_ws, 1], [BLOCK_K, 1, BLOCK_N]
+                weight_ptr, [R * S, channels, outputs], [stride_ws, stride_wc, 1], [1, BLOCK_K, BLOCK_N]
             )
         else:
             w_desc = tl.make_tensor_descriptor(
-                weight_ptr, [outputs, R * S, channels], [stride_wo, stride_ws, 1], [BLOCK_N, 1, BLOCK_K]
+                weight_ptr, [R * S, outputs, channels], [stride_ws, stride_wo, 1], [1, BLOCK_N, BLOCK_K]
             )
     else:
         m_tiles = (N * PH * PW + BLOCK_M - 1) // BLOCK_M
@@ -252,16 +297,16 @@ def conv2d_kernel(
             else:
                 filter_ptrs = weight_ptr + (first_output + kw) * stride_wo
 
-        acc = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
+        acc = tl.full([BLOCK_N, BLOCK_M], 0.0, tl.float32)
         r, s, c = r0 * 0, r0 * 0, r0 * 0
         for _ in tl.range(0, steps):
             if DESCRIPTORS:
-                a = x_desc.load([box_n, h0 + r * STEP_H, w0 + s * STEP_W, c]).reshape(BLOCK_M, BLOCK_K)
                 tap = (r0 + r * PERIOD_H) * S + s0 + s * PERIOD_W
                 if WEIGHT_BY_OUTPUTS:
-                    b = w_desc.load([c, tap, k0]).reshape(BLOCK_K, BLOCK_N)
+                    a = w_desc.load([tap, c, k0]).reshape(BLOCK_K, BLOCK_N).T
                 else:
-                    b = w_desc.load([k0, tap, c]).reshape(BLOCK_N, BLOCK_K).T
+                    a = w_desc.load([tap, k0, c]).reshape(BLOCK_N, BLOCK_K)
+                b = _box(x_desc, box_n, c, h0 + r * STEP_H, w0 + s * STEP_W, INPUT_BY_PIXELS, BLOCK_K, BLOCK_M)
             else:
                 i, j = h + r * STEP_H, w + s * STEP_W
                 inside = (n < N) & (i >= 0) & (i < H) & (j >= 0) & (j < W)
@@ -269,28 +314,10 @@ def conv2d_kernel(
                 there = channel < channels
                 if WIDE:
                     channel = channel.to(tl.int64)
-                ptrs = pixel_ptrs + (r * STEP_H * stride_xh + s * STEP_W * stride_xw)
-                if INPUT_BY_PIXELS:
-                    a = tl.load(
-                        ptrs[None, :] + (channel * stride_xc)[:, None], mask=inside[None, :] & there[:, None], other=0.0
-                    ).T
-                else:
-                    a = tl.load(
-                        ptrs[:, None] + (channel * stride_xc)[None, :], mask=inside[:, None] & there[None, :], other=0.0
-                    )
                 ptrs = filter_ptrs + ((r0 + r * PERIOD_H) * stride_wr + (s0 + s * PERIOD_W) * stride_ws)
-                if WEIGHT_BY_OUTPUTS:
-                    b = tl.load(
-                        ptrs[None, :] + (channel * stride_wc)[:, None],
-                        mask=(k < outputs)[None, :] & there[:, None],
-                        other=0.0,
-                    )
-                else:
-                    b = tl.load(
-                        ptrs[:, None] + (channel * stride_wc)[None, :],
-                        mask=(k < outputs)[:, None] & there[None, :],
-                        other=0.0,
-                    ).T
+                a = _gathered(ptrs, channel * stride_wc, k < outputs, there, not WEIGHT_BY_OUTPUTS)
+                ptrs = pixel_ptrs + (r * STEP_H * stride_xh + s * STEP_W * stride_xw)
+                b = _gathered(ptrs, channel * stride_xc, inside, there, not INPUT_BY_PIXELS).T
             acc = _dot(a, b, acc, PRECISION)
             c += BLOCK_K
             if R * S > 1:
@@ -302,24 +329,19 @@ def conv2d_kernel(
         known = k < outputs
         kw = first_output + k
         if bias_ptr is not None:
-            acc += tl.load(bias_ptr + kw, mask=known, other=0.0).to(tl.float32)[None, :]
+            acc += tl.load(bias_ptr + kw, mask=known, other=0.0).to(tl.float32)[:, None]
         if scale_ptr is not None:
-            acc *= tl.load(scale_ptr + kw, mask=known, other=0.0).to(tl.float32)[None, :]
+            acc *= tl.load(scale_ptr + kw, mask=known, other=0.0).to(tl.float32)[:, None]
         if shift_ptr is not None:
-            acc += tl.load(shift_ptr + kw, mask=known, other=0.0).to(tl.float32)[None, :]
+            acc += tl.load(shift_ptr + kw, mask=known, other=0.0).to(tl.float32)[:, None]
         if residual_ptr is not None:
             inside = (n < N) & (p < PH) & (q < PW)
-            ptrs = residual_ptr + _offsets(n, p, q, stride_rn, stride_rh, stride_rw, WIDE)
-            if RESIDUAL_BY_PIXELS:
-                there = inside[None, :] & known[:, None]
-                acc += tl.load(ptrs[None, :] + (kw * stride_rk)[:, None], mask=there, other=0.0).to(tl.float32).T
-            else:
-                there = inside[:, None] & known[None, :]
-                acc += tl.load(ptrs[:, None] + (kw * stride_rk)[None, :], mask=there, other=0.0).to(tl.float32)
+            offsets = _offsets(n, p, q, stride_rn, stride_rh, stride_rw, WIDE)
+            acc += _gathered(residual_ptr + kw * stride_rk, offsets, known, inside, RESIDUAL_BY_PIXELS).to(tl.float32)
         acc = _activate(acc, ACTIVATION)
 
         if POOL:
-            acc = _largest_of_four(acc, DESCRIPTORS, BLOCK_M, BLOCK_N, BOX_N, BOX_H, BOX_W)
+            acc = _largest_of_four(acc, DESCRIPTORS, BLOCK_N, BLOCK_M, BOX_N, BOX_H, BOX_W)
             n, p, q = _pixels(m_tile, PH // 2, PW // 2, DESCRIPTORS, BLOCK_M // 4, BOX_N, BOX_H // 2, BOX_W // 2, False)
             inside = (n < N) & (p < PH // 2) & (q < PW // 2)
         elif TRANSPOSED:
@@ -330,9 +352,9 @@ def conv2d_kernel(
         ptrs = output_ptr + _offsets(n, p, q, stride_on, stride_oh, stride_ow, WIDE)
         result = acc.to(output_ptr.dtype.element_ty)
         if OUTPUT_BY_PIXELS:
-            tl.store(ptrs[None, :] + (kw * stride_ok)[:, None], result.T, mask=inside[None, :] & known[:, None])
+            tl.store(ptrs[None, :] + (kw * stride_ok)[:, None], result, mask=inside[None, :] & known[:, None])
         else:
-            tl.store(ptrs[:, None] + (kw * stride_ok)[None, :], result, mask=inside[:, None] & known[None, :])
+            tl.store(ptrs[:, None] + (kw * stride_ok)[None, :], result.T, mask=inside[:, None] & known[None, :])
 
 
 @triton.jit
@@ -384,7 +406,7 @@ def conv2d_weight_kernel(
     # A program owns BLOCK_M output channels x BLOCK_N input channels of one tap, and sums over part program_id(1) of
     # the pixels: `steps` tiles of BLOCK_K. program_id(2) is the group.
     # Any layout; output is [parts, K, C, R, S] by its strides: float32 parts, or the gradient where there is one part.
-    # Boxes of pixels divide the map of the gradient, so that none reads a pixel of the input that its tap does not.
+    # The descriptor of the input ends where the tap's pixels do: a box over the edge of the map is zeros in both.
     k_tiles = (outputs + BLOCK_M - 1) // BLOCK_M
     c_tiles = (channels + BLOCK_N - 1) // BLOCK_N
     k0 = tl.program_id(0) % k_tiles * BLOCK_M
@@ -399,12 +421,17 @@ def conv2d_weight_kernel(
     c = c0 + tl.arange(0, BLOCK_N)
     h0, w0 = r * DILATION_H - TOP, s * DILATION_W - LEFT
     if DESCRIPTORS:
-        tiles = ((N + BOX_N - 1) // BOX_N) * (OH // BOX_H) * (OW // BOX_W)
-        g_desc = tl.make_tensor_descriptor(
-            grad_ptr, [N, OH, OW, outputs], [stride_gn, stride_gh, stride_gw, 1], [BOX_N, BOX_H, BOX_W, BLOCK_M]
+        tiles = ((N + BOX_N - 1) // BOX_N) * ((OH + BOX_H - 1) // BOX_H) * ((OW + BOX_W - 1) // BOX_W)
+        g_desc = _described(
+            grad_ptr,
+            *(N, outputs, OH, OW, stride_gn, stride_gk, stride_gh, stride_gw),
+            *(GRAD_BY_PIXELS, BOX_N, BLOCK_M, BOX_H, BOX_W),
         )
-        x_desc = tl.make_tensor_descriptor(
-            input_ptr, [N, H, W, channels], [stride_xn, stride_xh, stride_xw, 1], [BOX_N, BOX_H, BOX_W, BLOCK_N]
+        x_desc = _described(
+            input_ptr,
+            *(N, channels, tl.minimum(H, OH + h0), tl.minimum(W, OW + w0)),
+            *(stride_xn, stride_xc, stride_xh, stride_xw),
+            *(INPUT_BY_PIXELS, BOX_N, BLOCK_N, BOX_H, BOX_W),
         )
     else:
         tiles = (N * OH * OW + BLOCK_K - 1) // BLOCK_K
@@ -415,27 +442,17 @@ def conv2d_weight_kernel(
     for tile in tl.range(part * steps, tl.minimum(part * steps + steps, tiles)):
         if DESCRIPTORS:
             n, p, q = _origin(tile, OH, OW, BOX_N, BOX_H, BOX_W)
-            a = g_desc.load([n, p, q, k0]).reshape(BLOCK_K, BLOCK_M).T
-            b = x_desc.load([n, p + h0, q + w0, c0]).reshape(BLOCK_K, BLOCK_N)
+            a = _box(g_desc, n, k0, p, q, GRAD_BY_PIXELS, BLOCK_M, BLOCK_K)
+            b = _box(x_desc, n, c0, p + h0, q + w0, INPUT_BY_PIXELS, BLOCK_N, BLOCK_K).T
         else:
             n, p, q = _pixels(tile, OH, OW, False, BLOCK_K, 1, 1, 1, False)
             h, w = p * STRIDE_H + h0, q * STRIDE_W + w0
             there = n < N
             inside = there & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            pixels = _offsets(n, p, q, stride_gn, stride_gh, stride_gw, WIDE)
-            if GRAD_BY_PIXELS:
-                mask = (k < outputs)[:, None] & there[None, :]
-                a = tl.load(grad_ptrs[:, None] + pixels[None, :], mask=mask, other=0.0)
-            else:
-                mask = (k < outputs)[None, :] & there[:, None]
-                a = tl.load(grad_ptrs[None, :] + pixels[:, None], mask=mask, other=0.0).T
-            pixels = _offsets(n, h, w, stride_xn, stride_xh, stride_xw, WIDE)
-            if INPUT_BY_PIXELS:
-                mask = (c < channels)[:, None] & inside[None, :]
-                b = tl.load(channel_ptrs[:, None] + pixels[None, :], mask=mask, other=0.0).T
-            else:
-                mask = (c < channels)[None, :] & inside[:, None]
-                b = tl.load(channel_ptrs[None, :] + pixels[:, None], mask=mask, other=0.0)
+            offsets = _offsets(n, p, q, stride_gn, stride_gh, stride_gw, WIDE)
+            a = _gathered(grad_ptrs, offsets, k < outputs, there, GRAD_BY_PIXELS)
+            offsets = _offsets(n, h, w, stride_xn, stride_xh, stride_xw, WIDE)
+            b = _gathered(channel_ptrs, offsets, c < channels, inside, INPUT_BY_PIXELS).T
         acc = _dot(a, b, acc, PRECISION)
 
     ptrs = output_ptr + part.to(tl.int64) * stride_part + (r * stride_or + s * stride_os)

@@ -59,10 +59,11 @@ class _Map(NamedTuple):
 
     @property
     def described(self) -> bool:
-        """Whether a tensor descriptor can be made of it."""
+        """Whether a tensor descriptor can be made of it: one stride is 1, others are multiples of 16 bytes."""
         n, c, h, w = self._spread()
         size = self.tensor.element_size()
-        return c == 1 and min(n, h, w) > 0 and not any(stride * size % 16 for stride in (n, h, w)) and self._aligned()
+        inner, *others = (w, n, c, h) if self.by_pixels else (c, n, h, w)
+        return inner == 1 and min(others) > 0 and not any(by * size % 16 for by in others) and self._aligned()
 
     def _aligned(self) -> bool:
         if type(self.tensor) in (Tensor, nn.Parameter):
@@ -113,12 +114,12 @@ def _flattened(maps: list[_Map | None]) -> list[_Map | None]:
 
 
 @functools.lru_cache(maxsize=4096)
-def box(block: int, n: int, h: int, w: int, least: int, exact: bool) -> tuple[int, int, int] | None:
+def box(block: int, n: int, h: int, w: int, least: tuple[int, int], most: int) -> tuple[int, int, int] | None:
     """Images, rows and columns of a box of `block` pixels, such that few boxes cover n maps of h x w.
 
     Args:
         least: Rows and columns, at least.
-        exact: Boxes have to divide rows and columns.
+        most: Images, at most.
 
     Returns:
         None where more than a quarter of their pixels would lie outside.
@@ -128,12 +129,31 @@ def box(block: int, n: int, h: int, w: int, least: int, exact: bool) -> tuple[in
         for log_h in range(block.bit_length() - log_w):
             bw, bh = 1 << log_w, 1 << log_h
             bn = block // (bw * bh)
-            if min(bh, bw) < least or (exact and (h % bh or w % bw)):
+            if bh < least[0] or bw < least[1] or bn > most:
                 continue
             boxes = -(-n // bn) * -(-h // bh) * -(-w // bw)
             if boxes <= fewest:  # wide boxes are taken over narrow ones
                 best, fewest = (bn, bh, bw), boxes
     return best
+
+
+def _box_of(
+    maps: list[_Map], block: int, n: int, h: int, w: int, least: int, shifts: bool
+) -> tuple[int, int, int] | None:
+    """The box that all maps can be read by; None where one cannot.
+
+    Args:
+        least: Rows and columns, at least.
+        shifts: Taps shift it along columns, so that it may start at any.
+    """
+    if not all(item.described for item in maps):
+        return None
+    if not any(item.by_pixels for item in maps):
+        return box(block, n, h, w, (least, least), block)
+    if shifts:  # what memory runs along is read from a multiple of 16 bytes
+        return None
+    # 16 bytes of columns at least; of several images the channels would lie between.
+    return box(block, n, h, w, (least, max(least, 16 // maps[0].tensor.element_size())), 1)
 
 
 def _power_of_two(value: int) -> int:
@@ -205,9 +225,12 @@ def product(
     filters = _weight_strides(weight, transposed)
     by_outputs = filters[0] < filters[1]
     boxed = None
+    shifts = taps[1] > 1 or left > 0
     steps_one = transposed or tuple(stride) == one
-    if machine.arch >= 90 and groups == 1 and steps_one and source.described and _described(weight, filters):
-        boxed = box(config.block_m, n, grid_rows, grid_columns, 2 if pool else 1, False)
+    if machine.arch >= 90 and groups == 1 and steps_one and _described(weight, filters):
+        boxed = _box_of([source], config.block_m, n, grid_rows, grid_columns, 2 if pool else 1, shifts)
+    if boxed is None and source.by_pixels:  # a pointer for each element: registers
+        config = config._replace(block_k=min(config.block_k, 32))
     tiles = -(-pixels // config.block_m)
     if boxed is not None:
         bn, bh, bw = boxed
@@ -302,11 +325,12 @@ def weight_gradient(
         config = candidates(machine.arch, input.dtype, precision, outputs, channels * taps[0] * taps[1])[0]
     config = _fitted(config, outputs, channels, pixels)
     boxed = None
-    if machine.arch >= 90 and groups == 1 and tuple(stride) == one and source.described and grad.described and pixels:
-        boxed = box(config.block_k, n, rows, columns, 1, True)
+    # A tap may lie wholly in the padding where this is larger than the map; a descriptor cannot end there.
+    if machine.arch >= 90 and groups == 1 and tuple(stride) == one and rows > top and columns > left:
+        boxed = _box_of([source, grad], config.block_k, n, rows, columns, 1, taps[1] > 1 or left > 0)
     steps = -(-pixels // config.block_k)
     if boxed is not None:
-        steps = -(-n // boxed[0]) * (rows // boxed[1]) * (columns // boxed[2])
+        steps = -(-n // boxed[0]) * -(-rows // boxed[1]) * -(-columns // boxed[2])
     tiles = -(-outputs // config.block_m) * -(-channels // config.block_n) * taps[0] * taps[1]
     wanted = machine.multiprocessors * _resident(config, input.element_size()) // max(tiles * groups, 1)
     parts = config.parts or max(1, min(wanted, steps // _LEAST_STEPS, _MOST_PARTS))
