@@ -167,7 +167,14 @@ def _compile(variant: Variant, launch: Any) -> Compiled:
         ptx.write_text(made.asm["ptx"])
         # Triton has another ptxas for Blackwell; its own cubin is what is read below.
         ptxas = tools / "ptxas-blackwell" if int(variant.arch) >= 100 else tools / "ptxas"
-        command = [str(ptxas), "-v", f"-arch={target[1]}", str(ptx), "-o", str(cubin)]
+        command = [
+            str(ptxas if ptxas.is_file() else tools / "ptxas"),
+            "-v",
+            f"-arch={target[1]}",
+            str(ptx),
+            "-o",
+            str(cubin),
+        ]
         log = subprocess.run(command, capture_output=True, text=True)
         if log.returncode != 0:
             result.problem = f"ptxas failed\n{log.stderr}"

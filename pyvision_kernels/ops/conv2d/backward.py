@@ -39,7 +39,7 @@ def is_channels_last(tensor: Tensor) -> bool:
 
 def _empty(like: Tensor, size: tuple[Any, ...], channels_last: bool) -> Tensor:
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return like.new_empty(size).contiguous(memory_format=layout)
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def _unbound(op: Any, tensors: int) -> Any:

@@ -7,33 +7,16 @@ are worth it; the kernels run any of zero padding.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
 from pyvision_kernels import _activation
 from pyvision_kernels._check import FLOATING, require
 from pyvision_kernels._op import Op, declare
-from pyvision_kernels.ops.conv2d import backward, gradient, operator, triton_launch
+from pyvision_kernels.ops.conv2d import backward, gradient, operator, triton_launch, triton_run
 from pyvision_kernels.ops.conv2d.algorithm import TF32, Problem
 from pyvision_kernels.ops.conv2d.triton_configs import Config, configs
-from pyvision_kernels.ops.conv2d.triton_launch import Launch, Machine
-
-try:
-    import triton
-
-    from pyvision_kernels.ops.conv2d.triton_kernels import (
-        INTERPRETED,
-        conv2d_kernel,
-        conv2d_weight_kernel,
-        conv2d_weight_sum_kernel,
-    )
-
-    _MISSING = ""
-except (ImportError, AttributeError) as error:  # none is installed, or one without what the kernels use
-    _MISSING = f"{type(error).__name__}: {error}"
+from pyvision_kernels.ops.conv2d.triton_run import key_of, machine_of, run, run_again
 
 _OP, _INPUT, _WEIGHT = "_conv2d_triton", "_conv2d_triton_backward_input", "_conv2d_triton_backward_weight"
 _LEAST_CHANNELS = 32  # of a group, in and out: below, a tile of tensor cores is mostly padding
@@ -43,7 +26,7 @@ _LEAST_PRODUCTS = 2**28  # 0.5 GFLOP: below, a launch costs more than the produc
 
 def available() -> bool:
     """Whether Triton is installed, and has what the kernels use."""
-    return not _MISSING
+    return not triton_run.MISSING
 
 
 def supports(problem: Problem, pool: bool) -> bool:
@@ -65,22 +48,6 @@ def supports(problem: Problem, pool: bool) -> bool:
     )
 
 
-@functools.cache
-def _machine(index: int) -> Machine:
-    properties = torch.cuda.get_device_properties(index)
-    return Machine(10 * properties.major + properties.minor, properties.multi_processor_count)
-
-
-def _machine_of(op: str, tensor: Tensor) -> Machine:
-    if _MISSING:
-        raise NotImplementedError(f"{op}: expected triton to be installed, 3.6 or newer, but got {_MISSING}")
-    if tensor.is_cuda:
-        return _machine(tensor.get_device())
-    if INTERPRETED:
-        return Machine(90, 2)
-    raise NotImplementedError(f"{op}: expected tensors on a CUDA device, but got some on {tensor.device}")
-
-
 def _check(op: str, tensor: Tensor, numbers: list[int], algorithm: int) -> str:
     """What only these kernels do not take; the precision of their products."""
     if tensor.dtype not in FLOATING[:3]:
@@ -95,24 +62,6 @@ def _config(op: str, given: list[int] | None) -> Config | None:
         return None
     require(len(given) in (5, 6), op, "config to have 5 numbers, or 6: those of a Config", given)
     return Config(*given)
-
-
-def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-def _run(launches: list[Launch], device: torch.device) -> None:
-    for launch in launches:
-        kernel = conv2d_weight_sum_kernel if launch.kernel == "conv2d_weight_sum_kernel" else conv2d_weight_kernel
-        kernel = conv2d_kernel if launch.kernel == "conv2d_kernel" else kernel
-        options = {"num_warps": launch.warps, "num_stages": launch.stages}
-        if INTERPRETED:
-            kernel[launch.grid](**launch.arguments, **options)
-            continue
-        if launch.arguments.get("DESCRIPTORS"):
-            triton.set_allocator(_allocate)  # where the kernel keeps its descriptors
-        with torch.cuda.device(device):
-            wrap_triton(kernel)[launch.grid](**launch.arguments, **options)
 
 
 def _turned(weight: Tensor, groups: int) -> Tensor:
@@ -147,27 +96,25 @@ def _forward(
     algorithm: int,
     config: list[int] | None = None,
 ) -> Tensor:
+    key = key_of(
+        (input, weight, bias, scale, shift, residual),
+        *(_OP, geometry, activation, pool, channels_last, algorithm, config),
+    )
+    plan = triton_run.plans.get(key)
+    if plan is not None:
+        return run_again(plan, input, _turned(weight, geometry[8]), bias, scale, shift, residual)
     precision = _check(_OP, input, geometry, algorithm)
     output = _fake(
         input, weight, bias, scale, shift, residual, geometry, activation, pool, channels_last, algorithm, config
     )
     if output.numel() == 0:
         return output
+    machine, tiles, weight = machine_of(_OP, input), _config(_OP, config), _turned(weight, geometry[8])
+    vectors = bias, scale, shift
     launch = triton_launch.product(
-        _machine_of(_OP, input),
-        _config(_OP, config),
-        precision,
-        input,
-        _turned(weight, geometry[8]),
-        (bias, scale, shift),
-        residual,
-        output,
-        geometry,
-        activation,
-        pool,
-        False,
+        *(machine, tiles, precision, input, weight, vectors, residual, output, geometry, activation, pool, False)
     )
-    _run([launch], input.device)
+    run([launch], (input, weight, bias, scale, shift, residual, output), key)
     return output
 
 
@@ -230,25 +177,20 @@ def _by_input(
     algorithm: int,
     config: list[int] | None = None,
 ) -> Tensor:
+    key = key_of((grad_output, weight, bias), *(_INPUT, geometry, size, activation, channels_last, algorithm, config))
+    plan = triton_run.plans.get(key)
+    if plan is not None:
+        return run_again(plan, grad_output, _turned(weight, geometry[8]), bias)
     precision = _check(_INPUT, weight, geometry, algorithm)
     output = _fake_input(grad_output, weight, bias, geometry, size, activation, channels_last, algorithm)
     if output.numel() == 0:
         return output
+    machine, tiles, weight = machine_of(_INPUT, weight), _config(_INPUT, config), _turned(weight, geometry[8])
+    vectors = bias, None, None
     launch = triton_launch.product(
-        _machine_of(_INPUT, weight),
-        _config(_INPUT, config),
-        precision,
-        grad_output,
-        _turned(weight, geometry[8]),
-        (bias, None, None),
-        None,
-        output,
-        geometry,
-        activation,
-        False,
-        True,
+        *(machine, tiles, precision, grad_output, weight, vectors, None, output, geometry, activation, False, True)
     )
-    _run([launch], weight.device)
+    run([launch], (grad_output, weight, bias, output), key)
     return output
 
 
@@ -300,15 +242,17 @@ def _by_weight(
     algorithm: int,
     config: list[int] | None = None,
 ) -> Tensor:
+    key = key_of((grad_output, input), *(_WEIGHT, geometry, taps, channels_last, algorithm, config))
+    plan = triton_run.plans.get(key)
+    if plan is not None:
+        return run_again(plan, grad_output, input)
     precision = _check(_WEIGHT, input, geometry, algorithm)
     output = _fake_weight(grad_output, input, geometry, taps, channels_last, algorithm)
     if output.numel() == 0:
         return output
-    machine = _machine_of(_WEIGHT, input)
-    launches = triton_launch.weight_gradient(
-        machine, _config(_WEIGHT, config), precision, grad_output, input, output, geometry
-    )
-    _run(launches, input.device)
+    machine, tiles = machine_of(_WEIGHT, input), _config(_WEIGHT, config)
+    launches = triton_launch.weight_gradient(machine, tiles, precision, grad_output, input, output, geometry)
+    run(launches, (grad_output, input, output), key)
     return output
 
 

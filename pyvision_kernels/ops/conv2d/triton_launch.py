@@ -7,9 +7,10 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyvision_kernels._check import require
+from pyvision_kernels._packed import PLAIN
 from pyvision_kernels.ops.conv2d.triton_configs import Config, candidates
 
 GROUP_M = 8
@@ -66,7 +67,7 @@ class _Map(NamedTuple):
         return inner == 1 and min(others) > 0 and not any(by * size % 16 for by in others) and self._aligned()
 
     def _aligned(self) -> bool:
-        if type(self.tensor) in (Tensor, nn.Parameter):
+        if type(self.tensor) in PLAIN:
             return self.tensor.data_ptr() % 16 == 0
         return self.tensor.storage_offset() * self.tensor.element_size() % 16 == 0  # while it is traced
 
@@ -230,7 +231,7 @@ def product(
     if machine.arch >= 90 and groups == 1 and steps_one and _described(weight, filters):
         boxed = _box_of([source], config.block_m, n, grid_rows, grid_columns, 2 if pool else 1, shifts)
     if boxed is None and source.by_pixels:  # a pointer for each element: registers
-        config = config._replace(block_k=min(config.block_k, 32))
+        config = config._replace(block_n=min(config.block_n, 64), block_k=min(config.block_k, 32))
     tiles = -(-pixels // config.block_m)
     if boxed is not None:
         bn, bh, bw = boxed
