@@ -165,7 +165,7 @@ def define(contract: Contract, library: torch.library.Library) -> torch._ops.OpO
         library.define(contract.schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(name, contract.fake, lib=library)
     else:
-        definition = torch.library.triton_op(name, contract.implementation, mutates_args=())
+        definition: Any = torch.library.triton_op(name, contract.implementation, mutates_args=())
         definition.register_fake(contract.fake)  # so far the implementation: launches are planned there
         for key in ("CPU", "CUDA"):  # past what triton_op puts around it, for a third of a call's time
             library.impl(contract.name, contract.implementation, key)

@@ -1,9 +1,9 @@
 """Ahead-of-time check of the Triton kernels, a part of aot.py: compiles what the library would launch, without a GPU.
 
-Each launch is planned from tensors on the meta device, and compiled for an architecture with every configuration of the
-table (in bfloat16; other types, kernels by pointers and other architectures with the default one, or all with `--full`).
-Fails where ptxas reports spills or a stack frame, where a program needs more shared memory than the architecture has,
-and where a kernel lacks the instruction that it was written for.
+Each launch is planned from tensors on the meta device and compiled: for sm_90 in bfloat16 with every configuration of
+the table, other types, variants and architectures with the default one; with `--full` everything for all of them. Fails
+where ptxas reports spills or a stack frame, where a program needs more shared memory than the architecture has, and
+where a kernel lacks the instruction that it was written for.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 SHARED = {"80": 163, "86": 99, "89": 99, "90": 227, "100": 227, "120": 99}  # KB that a program may have
+PRODUCTS = ("HGMMA", "UTCHMMA", "HMMA", "FFMA")  # instructions that multiply, the largest first
 HALF = (torch.bfloat16, torch.float16)
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -67,27 +68,24 @@ class Compiled:
 def variants(archs: list[str], full: bool) -> list[Variant]:
     from pyvision_kernels.ops.conv2d.triton_configs import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, shapes
 
-    bf16, fp32 = torch.bfloat16, torch.float32
+    half, single = torch.bfloat16, torch.float32
+    others: list[dict[str, Any]] = [{"channels_last": False}, {"taps": 1}, {"taps": 1, "channels_last": False}]
+    others += [{"stride": 2}, {"stride": 2, "channels_last": False}]
+    fused: list[dict[str, Any]] = [{"extras": True}, {"extras": True, "channels_last": False}]
+    fused += [{"pool": True}, {"pool": True, "channels_last": False}]
     found = []
     for arch in archs:
-        everything = full or arch == "90"
+        whole = full or arch == "90"
         for direction in (FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT):
-            for dtype, precision in ((bf16, "ieee"), (torch.float16, "ieee"), (fp32, "tf32"), (fp32, "ieee")):
+            for dtype, precision in ((half, "ieee"), (torch.float16, "ieee"), (single, "tf32"), (single, "ieee")):
                 table = shapes(int(arch), dtype, precision)
-                first = table["wide"][:1]
-                all_of_them = list(dict.fromkeys(config for known in table.values() for config in known))
-                chosen = all_of_them if full or (everything and dtype == bf16) else first
-                if not full and arch != "90" and dtype != bf16:
-                    chosen = ()
-                found += [Variant(arch, direction, dtype, precision, tuple(config)) for config in chosen]
-            default = tuple(shapes(int(arch), bf16, "ieee")["wide"][0])
-            if everything:
-                options: list[dict[str, Any]] = [{"channels_last": False}, {"taps": 1}]
-                options += [{"stride": 2}, {"stride": 2, "channels_last": False}]
-                if direction == FORWARD:
-                    options += [{"extras": True}, {"extras": True, "channels_last": False}]
-                    options += [{"pool": True}, {"pool": True, "channels_last": False}]
-                found += [Variant(arch, direction, bf16, "ieee", default, **option) for option in options]
+                tiles = [config for configs in table.values() for config in configs]
+                if not (full or (whole and dtype == half)):
+                    tiles = list(table["wide"][: 1 if whole or dtype == half else 0])
+                found += [Variant(arch, direction, dtype, precision, tuple(tile)) for tile in dict.fromkeys(tiles)]
+            default = tuple(shapes(int(arch), half, "ieee")["wide"][0])
+            options = (others + (fused if direction == FORWARD else [])) if whole else []
+            found += [Variant(arch, direction, half, "ieee", default, **option) for option in options]
     return found
 
 
@@ -205,11 +203,11 @@ def problems_of(compiled: Compiled) -> list[str]:
         return found
     half, arch = variant.dtype in HALF, int(variant.arch)
     wanted = {
-        "HGMMA": half and 90 <= arch < 100,
-        "HMMA": (half or variant.precision == "tf32") and arch < 90,
-        "UTMALDG": compiled.descriptors,
-        "FFMA": variant.dtype == torch.float32 and variant.precision == "ieee",
+        "HGMMA": half and arch == 90,
         "UTCHMMA": half and arch == 100,
+        "HMMA": (half or variant.precision == "tf32") and (arch < 90 or arch == 120),
+        "FFMA": variant.dtype == torch.float32 and variant.precision == "ieee",
+        "UTMALDG": compiled.descriptors,
         "LDGSTS": not compiled.descriptors and variant.channels_last,
     }
     found += [
@@ -228,22 +226,27 @@ def check(archs: list[str], full: bool) -> tuple[list[Compiled], list[str]]:
     return compiled, [problem for item in compiled for problem in problems_of(item)]
 
 
-def main() -> None:
-    import sys
-    import time
+def print_table(compiled: list[Compiled]) -> None:
+    from rich.console import Console
+    from rich.table import Table
 
-    start = time.monotonic()
-    compiled, problems = check(sys.argv[1:] or ["80", "90", "100"], bool(os.environ.get("FULL")))
+    archs = list(dict.fromkeys(item.variant.arch for item in compiled))
+    rows: dict[str, dict[str, Compiled]] = {}
     for item in compiled:
-        tag = " ".join(
-            sorted(item.opcodes & {"HGMMA", "HMMA", "UTMALDG", "UTCHMMA", "LDGSTS", "FFMA", "LDG", "UTCMMA", "OMMA"})
-        )
-        print(
-            f"sm_{item.variant.arch} {item.variant.name} {item.kernel[6:]}: {item.registers} regs, {item.shared} B, stack {item.stack}, spilled {item.spilled}: {tag}"
-        )
-    print(*problems, sep="\n")
-    print(f"{len(compiled)} kernels, {len(problems)} problems, {time.monotonic() - start:.0f} s")
-
-
-if __name__ == "__main__":
-    main()
+        if item.kernel != "conv2d_weight_sum_kernel":
+            rows.setdefault(item.variant.name, {})[item.variant.arch] = item
+    table = Table(title="Triton: registers + shared memory (bytes), products by", title_justify="left")
+    table.add_column("direction, type, taps, tile, warps, stages")
+    for arch in archs:
+        table.add_column(f"sm_{arch}", justify="right")
+    for name, by_arch in rows.items():
+        cells = []
+        for arch in archs:
+            found = by_arch.get(arch)
+            products = found and next((opcode for opcode in PRODUCTS if opcode in found.opcodes), "")
+            cells.append(f"{found.registers} + {found.shared} {products}" if found else "-")
+        table.add_row(name.removeprefix("triton "), *cells)
+    console = Console()
+    if console.width < 120:
+        console = Console(width=120)
+    console.print(table)

@@ -211,8 +211,9 @@ def _convolve(input, weight, numbers, channels_last, algorithm):
 def _backward_of_input(ctx, grad):
     narrow = grad.dtype != torch.float32
 
-    def widened(*args):
-        return _backward_input(*args[:-1], TF32 if narrow else args[-1])  # a 16-bit type fits in tf32
+    def widened(grad_output, weight, bias, numbers, size, activation, channels_last, kernel):
+        by = TF32 if narrow else kernel  # a 16-bit type fits in tf32
+        return _backward_input(grad_output, weight, bias, numbers, size, activation, channels_last, by)
 
     return *backward.gradient_of_input(ctx, grad, _convolve, widened, _backward_weight), *(None,) * 6
 

@@ -71,7 +71,8 @@ _TABLE[90, "ieee"] = _TABLE[100, "ieee"] = _TABLE[80, "ieee"]
 
 def shapes(arch: int, dtype: torch.dtype, precision: str) -> dict[str, tuple[Config, ...]]:
     """The configurations of an architecture and a type, by the shape of the result."""
-    family = max(known for known in (80, 90, 100) if known <= max(arch, 80))
+    # From 120 on, programs have the shared memory and the instructions of 80, and descriptors.
+    family = 80 if arch >= 120 else max(known for known in (80, 90, 100) if known <= max(arch, 80))
     return _TABLE[family, precision if dtype == torch.float32 else "half"]
 
 

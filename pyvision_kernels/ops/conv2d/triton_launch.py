@@ -69,7 +69,7 @@ class _Map(NamedTuple):
     def _aligned(self) -> bool:
         if type(self.tensor) in PLAIN:
             return self.tensor.data_ptr() % 16 == 0
-        return self.tensor.storage_offset() * self.tensor.element_size() % 16 == 0  # while it is traced
+        return bool(self.tensor.storage_offset() * self.tensor.element_size() % 16 == 0)  # while it is traced
 
     def _spread(self) -> tuple[int, ...]:
         """Strides, where a dimension of size 1 has any that suits."""
