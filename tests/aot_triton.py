@@ -40,12 +40,14 @@ class Variant:
     stride: int = 1
     extras: bool = False  # bias, scale, shift, residual, silu; 2 x 2 maxima where pool says so
     pool: bool = False
+    images: int = 64  # of 4096, offsets are of 64 bits
 
     @property
     def name(self) -> str:
         kind = f"{NAMES[self.dtype]}{' tf32' if self.precision == 'tf32' else ''}"
         what = [f"{self.taps}x{self.taps}", *([f"/{self.stride}"] if self.stride > 1 else [])]
         what += ["fused"] * self.extras + ["pool"] * self.pool + ["contiguous"] * (not self.channels_last)
+        what += ["large"] * (self.images > 64)
         tile = "x".join(map(str, self.config[:3]))
         return f"triton {self.direction} {kind} {' '.join(what)} {tile} w{self.config[3]} s{self.config[4]}"
 
@@ -70,7 +72,8 @@ def variants(archs: list[str], full: bool) -> list[Variant]:
 
     half, single = torch.bfloat16, torch.float32
     others: list[dict[str, Any]] = [{"channels_last": False}, {"taps": 1}, {"taps": 1, "channels_last": False}]
-    others += [{"stride": 2}, {"stride": 2, "channels_last": False}]
+    others += [{"stride": 2}, {"stride": 2, "channels_last": False}, {"taps": 1, "stride": 2}]
+    others += [{"images": 4096}, {"images": 4096, "stride": 2}, {"images": 4096, "channels_last": False}]
     fused: list[dict[str, Any]] = [{"extras": True}, {"extras": True, "channels_last": False}]
     fused += [{"pool": True}, {"pool": True, "channels_last": False}]
     found = []
@@ -99,7 +102,7 @@ def launches(variant: Variant) -> list[Any]:
     def make(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=variant.dtype, device="meta").to(memory_format=layout)
 
-    n, channels, outputs, side = 64, 256, 256, 56
+    n, channels, outputs, side = variant.images, 256, 256, 56
     edge = variant.taps // 2
     to = (side + 2 * edge - variant.taps) // variant.stride + 1
     numbers = [variant.stride, variant.stride, edge, edge, edge, edge, 1, 1, 1, 0]

@@ -94,7 +94,8 @@ CASES = [
     Case("3x3, edges of boxes", (2, 16, 7, 9, 24, 3, 3), padding=(1, 1, 1, 1), boxes=(True, True, True)),
     Case("1x1 is a product", (2, 40, 6, 5, 24, 1, 1), boxes=(True, True, True)),
     Case("stride 2", (2, 16, 15, 16, 24, 3, 3), (2, 2), (1, 1, 1, 1), boxes=(False, True, False)),
-    Case("1x1, stride 2: phases of no taps", (1, 16, 9, 8, 16, 1, 1), (2, 2)),
+    Case("1x1, stride 2: phases of no taps", (2, 16, 15, 16, 16, 1, 1), (2, 2), boxes=(True, True, True)),
+    Case("linear", (64, 32, 1, 1, 24, 1, 1), boxes=(True, True, True)),
     Case(
         "strides and dilations of a common factor",
         (1, 16, 11, 13, 16, 3, 2),
@@ -236,6 +237,40 @@ def test_a_second_call_runs_the_plan_of_the_first_on_other_tensors(launched):
         assert torch.equal(result, ours.backward_weight(grad, input, case.numbers, [3, 3], *options))
     kernels = [launch.kernel for launch in launched]
     assert kernels == ["conv2d_kernel", "conv2d_kernel", "conv2d_weight_kernel", "conv2d_weight_sum_kernel"]
+
+
+@layouts
+def test_offsets_of_64_bits_give_the_same(channels_last, launched, monkeypatch):
+    case = CASES[0]
+    input, weight, grad = case.tensors(torch.float32, channels_last)
+    input, grad = input[:, :, :6, :], grad[:, :, :6, :]
+    if channels_last:  # by pointers
+        input, weight = input[:, 1:], weight[:, 1:]
+    run = ours.run
+
+    def widen(launches, tensors, key):
+        run(
+            [
+                launch._replace(arguments=launch.arguments | {"WIDE": True}) if "WIDE" in launch.arguments else launch
+                for launch in launches
+            ],
+            tensors,
+            key,
+        )
+
+    def compute():
+        triton_run.plans.clear()
+        return (
+            ours.forward(input, weight, None, None, None, grad, case.numbers, 0, False, channels_last, DIRECT, SMALL),
+            ours.backward_input(grad, weight, None, case.numbers, [6, 9], 0, channels_last, DIRECT, SMALL),
+            ours.backward_weight(grad, input, case.numbers, [3, 3], channels_last, DIRECT, SMALL),
+        )
+
+    plain = compute()
+    monkeypatch.setattr(ours, "run", widen)
+    assert all(map(torch.equal, plain, compute()))
+    assert [launch.arguments["WIDE"] for launch in launched] == [False] * 3 + [True] * 3
+    assert not any(descriptors(launched)[::3])
 
 
 def test_gradients_of_gradients_are_by_the_same_kernels(launched):

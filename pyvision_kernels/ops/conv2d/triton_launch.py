@@ -52,6 +52,11 @@ class _Map(NamedTuple):
         by_pixel = _merged(h, by_row, w, by_column)
         return None if by_pixel is None else (by_image, by_pixel)
 
+    def every(self, stride: list[int], rows: int, columns: int) -> _Map:
+        """Of each stride-th pixel, rows x columns of them: what a filter of one tap reads."""
+        (n, c, _, _), (by_n, by_c, by_h, by_w) = self.sizes, self.strides
+        return _Map(self.tensor, (n, c, rows, columns), (by_n, by_c, by_h * stride[0], by_w * stride[1]))
+
     @property
     def by_pixels(self) -> bool:
         """Whether pixels are nearer to each other in memory than channels."""
@@ -169,6 +174,11 @@ def _fitted(config: Config, m: int, n: int, k: int) -> Config:
     return config._replace(block_m=block_m, block_n=block_n, block_k=block_k)
 
 
+def _with_a_pointer_each(config: Config) -> Config:
+    """Smaller, where no 16 bytes that are read lie together: pointers take registers."""
+    return config._replace(block_n=min(config.block_n, 64), block_k=min(config.block_k, 32))
+
+
 def _resident(config: Config, size: int) -> int:
     """Programs that share a multiprocessor, by the shared memory of their stages."""
     used = (config.block_m + config.block_n) * config.block_k * size * config.stages
@@ -196,21 +206,22 @@ def product(
         output: [N, K, OH, OW] of the convolution, pooled where pool says so; of the transposed one [N, C, H, W].
         numbers: Of the Geometry of the convolution, also where it is transposed.
     """
-    stride, (left, right, top, bottom), dilation, groups = numbers[0:2], numbers[2:6], numbers[6:8], numbers[8]
+    stride, left, dilation, groups = numbers[0:2], numbers[2], numbers[6:8], numbers[8]
     taps = tuple(weight.shape[2:])
     source, result = _Map.of(input), _Map.of(output)
     added = None if residual is None else _Map.of(residual)
     channels = source.sizes[1] // groups
     outputs = result.sizes[1] // groups
-    # A pooled result is half as large, and its convolution may have a last row or column that no window takes.
-    one = (1, 1)
-    if taps == one and tuple(stride) == one and not (left or right or top or bottom or pool):
+    one = [1, 1]
+    if list(taps) == one and not (any(numbers[2:6]) or pool or transposed):
+        source, stride, numbers = source.every(stride, *result.sizes[2:]), one, [*one, *numbers[2:]]
+    if list(taps) == stride == one and not (any(numbers[2:6]) or pool):
         flat = _flattened([source, result, added])
         assert flat[0] is not None
         assert flat[1] is not None
         source, result, added = flat[0], flat[1], flat[2]
     rows, columns = result.sizes[2:]
-    if pool:
+    if pool:  # a last odd row or column of the convolution is in no window
         rows, columns = 2 * rows, 2 * columns
     n = source.sizes[0]
     phases = stride[0] * stride[1] if transposed else 1
@@ -227,11 +238,11 @@ def product(
     by_outputs = filters[0] < filters[1]
     boxed = None
     shifts = taps[1] > 1 or left > 0
-    steps_one = transposed or tuple(stride) == one
+    steps_one = transposed or stride == one
     if machine.arch >= 90 and groups == 1 and steps_one and _described(weight, filters):
         boxed = _box_of([source], config.block_m, n, grid_rows, grid_columns, 2 if pool else 1, shifts)
-    if boxed is None and source.by_pixels:  # a pointer for each element: registers
-        config = config._replace(block_n=min(config.block_n, 64), block_k=min(config.block_k, 32))
+    if boxed is None and source.by_pixels:
+        config = _with_a_pointer_each(config)
     tiles = -(-pixels // config.block_m)
     if boxed is not None:
         bn, bh, bw = boxed
@@ -309,11 +320,12 @@ def weight_gradient(
     numbers: list[int],
 ) -> list[Launch]:
     """The launches of conv2d_weight_kernel, and of the sum of its parts where there are any."""
-    stride, (left, right, top, bottom), groups = numbers[0:2], numbers[2:6], numbers[8]
+    stride, left, top, groups = numbers[0:2], numbers[2], numbers[4], numbers[8]
     taps = tuple(output.shape[2:])
     grad, source = _Map.of(grad_output), _Map.of(input)
-    one = (1, 1)
-    if taps == one and tuple(stride) == one and not (left or right or top or bottom):
+    one = [1, 1]
+    if list(taps) == one and not any(numbers[2:6]):
+        source, stride, numbers = source.every(stride, *grad.sizes[2:]), one, [*one, *numbers[2:]]
         flat = _flattened([grad, source])
         assert flat[0] is not None
         assert flat[1] is not None
@@ -327,8 +339,10 @@ def weight_gradient(
     config = _fitted(config, outputs, channels, pixels)
     boxed = None
     # A tap may lie wholly in the padding where this is larger than the map; a descriptor cannot end there.
-    if machine.arch >= 90 and groups == 1 and tuple(stride) == one and rows > top and columns > left:
+    if machine.arch >= 90 and groups == 1 and stride == one and rows > top and columns > left:
         boxed = _box_of([source, grad], config.block_k, n, rows, columns, 1, taps[1] > 1 or left > 0)
+    if boxed is None and (source.by_pixels or grad.by_pixels):
+        config = _with_a_pointer_each(config)
     steps = -(-pixels // config.block_k)
     if boxed is not None:
         steps = -(-n // boxed[0]) * -(-rows // boxed[1]) * -(-columns // boxed[2])
