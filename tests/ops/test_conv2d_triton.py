@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 
 from pyvision_kernels import _activation
@@ -322,17 +323,18 @@ def test_operators_hold_their_contract(name, launched):
     torch.library.opcheck(REGISTRY[name].overload, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_a_traced_graph_holds_the_kernels(monkeypatch):
+@pytest.mark.parametrize("sizes", ["fake", "symbolic"])
+def test_a_traced_graph_holds_the_kernels(sizes, monkeypatch):
     monkeypatch.setattr(triton_run, "_machine", lambda index: triton_launch.Machine(90, 132))
 
     def convolve(input, weight):
         output = ours.forward(input, weight, *(None,) * 4, [1, 1, 1, 1, 1, 1, 1, 1, 1, 0], 1, False, True, DIRECT)
         return output, ours.backward_weight(output, input, [1, 1, 1, 1, 1, 1, 1, 1, 1, 0], [3, 3], True, DIRECT)
 
-    with FakeTensorMode():
+    with FakeTensorMode(shape_env=ShapeEnv() if sizes == "symbolic" else None):
         input, weight = (torch.empty(*size, 8, 8, device="cuda") for size in ((64, 32), (32, 32)))
         weight = weight[..., :3, :3].contiguous()
-        graph = make_fx(dispatch_functionalize(convolve), tracing_mode="fake")(input, weight).graph
+        graph = make_fx(dispatch_functionalize(convolve), tracing_mode=sizes)(input, weight).graph
     calls = [str(node.target) for node in graph.nodes if node.op == "call_function"]
     assert sum("triton_kernel_wrapper" in call for call in calls) == 3  # the last is the sum of parts
     assert not any("pvk" in call for call in calls)

@@ -44,7 +44,8 @@ class _Map(NamedTuple):
 
     @staticmethod
     def of(tensor: Tensor) -> _Map:
-        return _Map(tensor, tuple(tensor.shape), tuple(tensor.stride()))
+        # In a trace sizes may be symbols: tiles are of numbers, for which the graph is then guarded.
+        return _Map(tensor, tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride())))
 
     def flat(self) -> tuple[int, int] | None:
         """Strides of images and of their pixels in order; None where these have no one stride."""
@@ -207,7 +208,7 @@ def product(
         numbers: Of the Geometry of the convolution, also where it is transposed.
     """
     stride, left, dilation, groups = numbers[0:2], numbers[2], numbers[6:8], numbers[8]
-    taps = tuple(weight.shape[2:])
+    taps = tuple(map(int, weight.shape[2:]))
     source, result = _Map.of(input), _Map.of(output)
     added = None if residual is None else _Map.of(residual)
     channels = source.sizes[1] // groups
@@ -288,8 +289,8 @@ def _taps_of(taps: tuple[int, ...], numbers: list[int]) -> dict[str, int]:
 
 def _weight_strides(weight: Tensor, transposed: bool) -> tuple[int, ...]:
     """Of outputs, of what is summed over, of rows and columns of taps; those of a dimension of size 1 suit any use."""
-    by_k, by_c, by_row, by_column = weight.stride()
-    (k, c, r, s), dense = weight.shape, 16 * max(weight.shape[0], weight.shape[1])
+    (k, c, r, s), (by_k, by_c, by_row, by_column) = map(int, weight.shape), map(int, weight.stride())
+    dense = 16 * max(k, c)
     by_k, by_c = 1 if k == 1 else by_k, 1 if c == 1 else by_c
     by_column = (by_row if r > 1 else dense) if s == 1 else by_column
     by_row = s * by_column if r == 1 else by_row
@@ -321,7 +322,7 @@ def weight_gradient(
 ) -> list[Launch]:
     """The launches of conv2d_weight_kernel, and of the sum of its parts where there are any."""
     stride, left, top, groups = numbers[0:2], numbers[2], numbers[4], numbers[8]
-    taps = tuple(output.shape[2:])
+    taps = tuple(map(int, output.shape[2:]))
     grad, source = _Map.of(grad_output), _Map.of(input)
     one = [1, 1]
     if list(taps) == one and not any(numbers[2:6]):
@@ -352,8 +353,8 @@ def weight_gradient(
     of_part = max(1, -(-steps // max(parts, 1)))
     parts = max(1, -(-steps // of_part))
     to = output
-    size = output.numel()
-    strides = (0, *output.stride())
+    size = int(output.numel())
+    strides = (0, *map(int, output.stride()))
     if parts > 1:
         to = output.new_empty((parts, outputs * groups, *taps, channels), dtype=torch.float32)
         strides = (size, taps[0] * taps[1] * channels, 1, taps[1] * channels, channels)
@@ -374,7 +375,7 @@ def weight_gradient(
     }
     launches = [Launch("conv2d_weight_kernel", (tiles, parts, groups), arguments, config.warps, config.stages)]
     if parts > 1:
-        by_k, by_c, by_row, by_column = output.stride()
+        by_k, by_c, by_row, by_column = map(int, output.stride())
         total = {
             **{"partial_ptr": to, "output_ptr": output, "parts": parts, "size": size, "channels": channels},
             **{"taps": taps[0] * taps[1], "stride_k": by_k, "stride_c": by_c},
