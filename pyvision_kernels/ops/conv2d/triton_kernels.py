@@ -144,12 +144,9 @@ def _box(descriptor, n, c, h, w, BY_PIXELS: tl.constexpr, CHANNELS: tl.constexpr
 
 
 @triton.jit
-def _gathered(channel_ptrs, offsets, there, inside, BY_PIXELS: tl.constexpr):
-    """[channels, pixels] of a map or of a weight by pointers; zeros where a mask says so."""
-    if BY_PIXELS:
-        return tl.load(channel_ptrs[:, None] + offsets[None, :], mask=there[:, None] & inside[None, :], other=0.0)
-    else:
-        return tl.load(channel_ptrs[None, :] + offsets[:, None], mask=there[None, :] & inside[:, None], other=0.0).T
+def _gathered(row_ptrs, offsets, rows, columns):
+    """[rows, columns] by pointers; zeros where a mask says so. Triton finds along which of the two memory runs."""
+    return tl.load(row_ptrs[:, None] + offsets[None, :], mask=rows[:, None] & columns[None, :], other=0.0)
 
 
 @triton.jit
@@ -210,8 +207,6 @@ def conv2d_kernel(
     BOX_W: tl.constexpr,
     INPUT_BY_PIXELS: tl.constexpr,
     WEIGHT_BY_OUTPUTS: tl.constexpr,
-    RESIDUAL_BY_PIXELS: tl.constexpr,
-    OUTPUT_BY_PIXELS: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -219,9 +214,9 @@ def conv2d_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    # A program owns tiles of BLOCK_M pixels x BLOCK_N output channels of group program_id(1), one after another.
-    # Any layout: strides say which; *_BY_PIXELS, *_BY_OUTPUTS: what consecutive threads take in memory's order.
-    # Float32 sums and epilogue, one rounding.
+    # A program owns tiles of BLOCK_N output channels of group program_id(1) x BLOCK_M pixels, one after another.
+    # Any layout; INPUT_BY_PIXELS, WEIGHT_BY_OUTPUTS: along what memory runs, of what a descriptor is made.
+    # Float32 sums and epilogue, one rounding. Pixels are the second factor, which wgmma reads from shared memory always.
     # TRANSPOSED: pixels that the stride leaves the same rest form a phase, a convolution of stride 1 with each
     # PERIOD-th tap: no zeros are inserted. The tap t of it reads row p + source - t * STEP of the map.
     group = tl.program_id(1)
@@ -288,9 +283,7 @@ def conv2d_kernel(
         k = k0 + tl.arange(0, BLOCK_N)
         cs = tl.arange(0, BLOCK_K)
         if not DESCRIPTORS:
-            pixel_ptrs = (
-                input_ptr + first_channel * stride_xc + _offsets(n, h, w, stride_xn, stride_xh, stride_xw, WIDE)
-            )
+            pixels = _offsets(n, h, w, stride_xn, stride_xh, stride_xw, WIDE)
             kw = k.to(tl.int64) if WIDE else k
             if TRANSPOSED:  # a group of the weight is a part of what is summed over
                 filter_ptrs = weight_ptr + first_channel * stride_wc + kw * stride_wo
@@ -315,9 +308,9 @@ def conv2d_kernel(
                 if WIDE:
                     channel = channel.to(tl.int64)
                 ptrs = filter_ptrs + ((r0 + r * PERIOD_H) * stride_wr + (s0 + s * PERIOD_W) * stride_ws)
-                a = _gathered(ptrs, channel * stride_wc, k < outputs, there, not WEIGHT_BY_OUTPUTS)
-                ptrs = pixel_ptrs + (r * STEP_H * stride_xh + s * STEP_W * stride_xw)
-                b = _gathered(ptrs, channel * stride_xc, inside, there, not INPUT_BY_PIXELS).T
+                a = _gathered(ptrs, channel * stride_wc, k < outputs, there)
+                ptrs = input_ptr + (first_channel + channel) * stride_xc
+                b = _gathered(ptrs, pixels + (r * STEP_H * stride_xh + s * STEP_W * stride_xw), there, inside)
             acc = _dot(a, b, acc, PRECISION)
             c += BLOCK_K
             if R * S > 1:
@@ -337,7 +330,7 @@ def conv2d_kernel(
         if residual_ptr is not None:
             inside = (n < N) & (p < PH) & (q < PW)
             offsets = _offsets(n, p, q, stride_rn, stride_rh, stride_rw, WIDE)
-            acc += _gathered(residual_ptr + kw * stride_rk, offsets, known, inside, RESIDUAL_BY_PIXELS).to(tl.float32)
+            acc += _gathered(residual_ptr + kw * stride_rk, offsets, known, inside).to(tl.float32)
         acc = _activate(acc, ACTIVATION)
 
         if POOL:
@@ -349,12 +342,10 @@ def conv2d_kernel(
             inside = (n < N) & (p < OH) & (q < OW)
         else:
             inside = (n < N) & (p < PH) & (q < PW)
-        ptrs = output_ptr + _offsets(n, p, q, stride_on, stride_oh, stride_ow, WIDE)
-        result = acc.to(output_ptr.dtype.element_ty)
-        if OUTPUT_BY_PIXELS:
-            tl.store(ptrs[None, :] + (kw * stride_ok)[:, None], result, mask=inside[None, :] & known[:, None])
-        else:
-            tl.store(ptrs[:, None] + (kw * stride_ok)[None, :], result.T, mask=inside[:, None] & known[None, :])
+        ptrs = (output_ptr + kw * stride_ok)[:, None] + _offsets(n, p, q, stride_on, stride_oh, stride_ow, WIDE)[
+            None, :
+        ]
+        tl.store(ptrs, acc.to(output_ptr.dtype.element_ty), mask=known[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -450,9 +441,9 @@ def conv2d_weight_kernel(
             there = n < N
             inside = there & (h >= 0) & (h < H) & (w >= 0) & (w < W)
             offsets = _offsets(n, p, q, stride_gn, stride_gh, stride_gw, WIDE)
-            a = _gathered(grad_ptrs, offsets, k < outputs, there, GRAD_BY_PIXELS)
+            a = _gathered(grad_ptrs, offsets, k < outputs, there)
             offsets = _offsets(n, h, w, stride_xn, stride_xh, stride_xw, WIDE)
-            b = _gathered(channel_ptrs, offsets, c < channels, inside, INPUT_BY_PIXELS).T
+            b = _gathered(channel_ptrs, offsets, c < channels, inside).T
         acc = _dot(a, b, acc, PRECISION)
 
     ptrs = output_ptr + part.to(tl.int64) * stride_part + (r * stride_or + s * stride_os)

@@ -273,8 +273,6 @@ def product(
         **dict(zip(("BOX_N", "BOX_H", "BOX_W"), boxed or (1, 1, 1), strict=True)),
         "INPUT_BY_PIXELS": source.by_pixels,
         "WEIGHT_BY_OUTPUTS": by_outputs,
-        "RESIDUAL_BY_PIXELS": added is not None and added.by_pixels,
-        "OUTPUT_BY_PIXELS": result.by_pixels,
         "WIDE": max(item.reach for item in maps) >= 2**31 - 2**20 or weight.numel() >= 2**31,
         "PRECISION": precision,
         **{"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": GROUP_M},
