@@ -150,6 +150,28 @@ def test_convolution_and_gradients_equal_float64(case, channels_last, dtype, lau
         assert tuple(descriptors(launched)) == case.boxes
 
 
+@pytest.mark.parametrize(
+    "case",
+    [Case("1x1", (2, 24, 8, 8, 16, 1, 1)), Case("a column of taps", (2, 16, 4, 32, 24, 3, 1), padding=(0, 0, 1, 2))],
+    ids=lambda case: case.name,
+)
+def test_contiguous_maps_are_read_by_descriptors_where_no_tap_shifts_columns(case, launched):
+    input, weight, grad = case.tensors(torch.float32, False)
+    leaves = [tensor.double().requires_grad_() for tensor in (input, weight)]
+    exact = case.exact(*leaves)
+    exact_gradients = torch.autograd.grad(exact, leaves, grad.double())
+    options = (False, DIRECT, SMALL)
+    taps, size = list(weight.shape[2:]), list(input.shape[2:])
+    results = (
+        ours.forward(input, weight, *(None,) * 4, case.numbers, 0, False, *options),
+        ours.backward_input(grad, weight, None, case.numbers, size, 0, *options),
+        ours.backward_weight(grad, input, case.numbers, taps, *options),
+    )
+    for result, expected in zip(results, (exact.detach(), *exact_gradients), strict=True):
+        torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
+    assert descriptors(launched) == [True] * 3
+
+
 def _fused(activation, input, weight, bias, scale, shift, residual, padding, pool):
     out = F.conv2d(input, weight, bias, padding=padding) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1) + residual
     out = _activation.apply(activation, out)

@@ -123,11 +123,9 @@ def _described(
     BOX_H: tl.constexpr,
     BOX_W: tl.constexpr,
 ):
-    """The descriptor of a map: of [N, H, W, C], or of [N, C, H, W] where pixels follow each other in memory."""
+    """The descriptor of a map: of [N, H, W, C], or of [N, H, C, W] where pixels follow each other in memory."""
     if BY_PIXELS:
-        return tl.make_tensor_descriptor(
-            ptr, [N, C, H, W], [stride_n, stride_c, stride_h, 1], [BOX_N, BOX_C, BOX_H, BOX_W]
-        )
+        return tl.make_tensor_descriptor(ptr, [N, H, C, W], [stride_n, stride_h, stride_c, 1], [1, 1, BOX_C, BOX_W])
     else:
         return tl.make_tensor_descriptor(
             ptr, [N, H, W, C], [stride_n, stride_h, stride_w, 1], [BOX_N, BOX_H, BOX_W, BOX_C]
@@ -138,7 +136,7 @@ def _described(
 def _box(descriptor, n, c, h, w, BY_PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr):
     """[CHANNELS, PIXELS] of a map; zeros outside."""
     if BY_PIXELS:
-        return descriptor.load([n, c, h, w]).reshape(CHANNELS, PIXELS)
+        return descriptor.load([n, h, c, w]).reshape(CHANNELS, PIXELS)
     else:
         return descriptor.load([n, h, w, c]).reshape(PIXELS, CHANNELS).T
 
@@ -216,7 +214,7 @@ def conv2d_kernel(
 ):
     # A program owns tiles of BLOCK_N output channels of group program_id(1) x BLOCK_M pixels, one after another.
     # Any layout; INPUT_BY_PIXELS, WEIGHT_BY_OUTPUTS: along what memory runs, of what a descriptor is made.
-    # Float32 sums and epilogue, one rounding. Pixels are the second factor, which wgmma reads from shared memory always.
+    # Float32 sums and epilogue, one rounding. Pixels are the second factor: wgmma has it in shared memory.
     # TRANSPOSED: pixels that the stride leaves the same rest form a phase, a convolution of stride 1 with each
     # PERIOD-th tap: no zeros are inserted. The tap t of it reads row p + source - t * STEP of the map.
     group = tl.program_id(1)

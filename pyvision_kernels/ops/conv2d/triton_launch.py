@@ -121,12 +121,12 @@ def _flattened(maps: list[_Map | None]) -> list[_Map | None]:
 
 
 @functools.lru_cache(maxsize=4096)
-def box(block: int, n: int, h: int, w: int, least: tuple[int, int], most: int) -> tuple[int, int, int] | None:
+def box(block: int, n: int, h: int, w: int, least: int, most: int) -> tuple[int, int, int] | None:
     """Images, rows and columns of a box of `block` pixels, such that few boxes cover n maps of h x w.
 
     Args:
         least: Rows and columns, at least.
-        most: Images, at most.
+        most: Images and rows, at most.
 
     Returns:
         None where more than a quarter of their pixels would lie outside.
@@ -136,7 +136,7 @@ def box(block: int, n: int, h: int, w: int, least: tuple[int, int], most: int) -
         for log_h in range(block.bit_length() - log_w):
             bw, bh = 1 << log_w, 1 << log_h
             bn = block // (bw * bh)
-            if bh < least[0] or bw < least[1] or bn > most:
+            if min(bh, bw) < least or max(bn, bh) > most:
                 continue
             boxes = -(-n // bn) * -(-h // bh) * -(-w // bw)
             if boxes <= fewest:  # wide boxes are taken over narrow ones
@@ -156,11 +156,10 @@ def _box_of(
     if not all(item.described for item in maps):
         return None
     if not any(item.by_pixels for item in maps):
-        return box(block, n, h, w, (least, least), block)
+        return box(block, n, h, w, least, block)
     if shifts:  # what memory runs along is read from a multiple of 16 bytes
         return None
-    # 16 bytes of columns at least; of several images the channels would lie between.
-    return box(block, n, h, w, (least, max(least, 16 // maps[0].tensor.element_size())), 1)
+    return box(block, n, h, w, least, 1)  # between rows and between images the channels lie
 
 
 def _power_of_two(value: int) -> int:
