@@ -15,6 +15,7 @@ from pyvision_kernels.ops.conv2d.triton_configs import Config, candidates
 
 GROUP_M = 8
 _USEFUL = 0.75  # of the pixels of boxes, at least, for descriptors to be taken
+_NARROW_REACH = 2**31 - 2**20  # of offsets of 32 bits, with a tile beyond the end
 _LEAST_STEPS = 8  # of a part of a sum over pixels
 _MOST_PARTS = 64
 _SHARED = 227 * 1024  # of a multiprocessor, on GPUs with tensor descriptors
@@ -174,9 +175,10 @@ def _fitted(config: Config, m: int, n: int, k: int) -> Config:
     return config._replace(block_m=block_m, block_n=block_n, block_k=block_k)
 
 
-def _with_a_pointer_each(config: Config) -> Config:
-    """Smaller, where no 16 bytes that are read lie together: pointers take registers."""
-    return config._replace(block_n=min(config.block_n, 64), block_k=min(config.block_k, 32))
+def _with_a_pointer_each(config: Config, wide: bool) -> Config:
+    """Smaller, where no 16 bytes that are read lie together: pointers take registers, wide offsets more."""
+    pixels = min(config.block_m, 64) if wide else config.block_m
+    return config._replace(block_m=pixels, block_n=min(config.block_n, 64), block_k=min(config.block_k, 32))
 
 
 def _resident(config: Config, size: int) -> int:
@@ -241,8 +243,10 @@ def product(
     steps_one = transposed or stride == one
     if machine.arch >= 90 and groups == 1 and steps_one and _described(weight, filters):
         boxed = _box_of([source], config.block_m, n, grid_rows, grid_columns, 2 if pool else 1, shifts)
+    maps = [source, result] + ([added] if added is not None else [])
+    wide = max(item.reach for item in maps) >= _NARROW_REACH or weight.numel() >= _NARROW_REACH
     if boxed is None and source.by_pixels:
-        config = _with_a_pointer_each(config)
+        config = _with_a_pointer_each(config, wide)
     tiles = -(-pixels // config.block_m)
     if boxed is not None:
         bn, bh, bw = boxed
@@ -251,7 +255,6 @@ def product(
     programs = tiles
     if boxed is not None:  # a program makes its descriptors once
         programs = min(tiles, machine.multiprocessors * _resident(config, input.element_size()))
-    maps = [source, result] + ([added] if added is not None else [])
     arguments: dict[str, Any] = {
         "input_ptr": input,
         "weight_ptr": weight,
@@ -272,7 +275,7 @@ def product(
         **dict(zip(("BOX_N", "BOX_H", "BOX_W"), boxed or (1, 1, 1), strict=True)),
         "INPUT_BY_PIXELS": source.by_pixels,
         "WEIGHT_BY_OUTPUTS": by_outputs,
-        "WIDE": max(item.reach for item in maps) >= 2**31 - 2**20 or weight.numel() >= 2**31,
+        "WIDE": wide,
         "PRECISION": precision,
         **{"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": GROUP_M},
     }
@@ -339,8 +342,10 @@ def weight_gradient(
     # A tap may lie wholly in the padding where this is larger than the map; a descriptor cannot end there.
     if machine.arch >= 90 and groups == 1 and stride == one and rows > top and columns > left:
         boxed = _box_of([source, grad], config.block_k, n, rows, columns, 1, taps[1] > 1 or left > 0)
+    size = int(output.numel())
+    wide = max(grad.reach, source.reach, size) >= _NARROW_REACH
     if boxed is None and (source.by_pixels or grad.by_pixels):
-        config = _with_a_pointer_each(config)
+        config = _with_a_pointer_each(config, False)
     steps = -(-pixels // config.block_k)
     if boxed is not None:
         steps = -(-n // boxed[0]) * -(-rows // boxed[1]) * -(-columns // boxed[2])
@@ -350,7 +355,6 @@ def weight_gradient(
     of_part = max(1, -(-steps // max(parts, 1)))
     parts = max(1, -(-steps // of_part))
     to = output
-    size = int(output.numel())
     strides = (0, *map(int, output.stride()))
     if parts > 1:
         to = output.new_empty((parts, outputs * groups, *taps, channels), dtype=torch.float32)
@@ -366,7 +370,7 @@ def weight_gradient(
         "DESCRIPTORS": boxed is not None,
         **dict(zip(("BOX_N", "BOX_H", "BOX_W"), boxed or (1, 1, 1), strict=True)),
         **{"GRAD_BY_PIXELS": grad.by_pixels, "INPUT_BY_PIXELS": source.by_pixels},
-        "WIDE": max(grad.reach, source.reach, size) >= 2**31 - 2**20,
+        "WIDE": wide,
         "PRECISION": precision,
         **{"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k},
     }
