@@ -262,6 +262,15 @@ def test_a_second_call_runs_the_plan_of_the_first_on_other_tensors(launched):
     assert kernels == ["conv2d_kernel", "conv2d_kernel", "conv2d_weight_kernel", "conv2d_weight_sum_kernel"]
 
 
+def test_a_plan_made_where_one_tensor_was_two_arguments_serves_two(launched):
+    case = Case("", (1, 16, 4, 4, 16, 1, 1))
+    input, weight, other = case.tensors(torch.float32, True)
+    for residual in (input, other):
+        result = ours.forward(input, weight, None, None, None, residual, case.numbers, 0, False, True, DIRECT, SMALL)
+        torch.testing.assert_close(result, case.exact(input, weight) + residual)
+    assert len(launched) == 1
+
+
 @layouts
 def test_offsets_of_64_bits_give_the_same(channels_last, launched, monkeypatch):
     case = CASES[0]

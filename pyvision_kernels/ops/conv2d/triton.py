@@ -19,6 +19,7 @@ from pyvision_kernels.ops.conv2d.triton_configs import Config, configs
 from pyvision_kernels.ops.conv2d.triton_run import key_of, machine_of, run, run_again
 
 _OP, _INPUT, _WEIGHT = "_conv2d_triton", "_conv2d_triton_backward_input", "_conv2d_triton_backward_weight"
+_TENSORS = ("input_ptr", "weight_ptr", "bias_ptr", "scale_ptr", "shift_ptr", "residual_ptr", "output_ptr")
 _LEAST_CHANNELS = 32  # of a group, in and out: below, a tile of tensor cores is mostly padding
 _LEAST_PIXELS = 1024
 _LEAST_PRODUCTS = 2**28  # 0.5 GFLOP: below, a launch costs more than the product
@@ -114,7 +115,7 @@ def _forward(
     launch = triton_launch.product(
         *(machine, tiles, precision, input, weight, vectors, residual, output, geometry, activation, pool, False)
     )
-    run([launch], (input, weight, bias, scale, shift, residual, output), key)
+    run([launch], dict(zip(_TENSORS, (input, weight, *vectors, residual, output), strict=True)), key)
     return output
 
 
@@ -190,7 +191,8 @@ def _by_input(
     launch = triton_launch.product(
         *(machine, tiles, precision, grad_output, weight, vectors, None, output, geometry, activation, False, True)
     )
-    run([launch], (grad_output, weight, bias, output), key)
+    given = {"input_ptr": grad_output, "weight_ptr": weight, "bias_ptr": bias, "output_ptr": output}
+    run([launch], given, key)
     return output
 
 
@@ -253,7 +255,7 @@ def _by_weight(
         return output
     machine, tiles = machine_of(_WEIGHT, input), _config(_WEIGHT, config)
     launches = triton_launch.weight_gradient(machine, tiles, precision, grad_output, input, output, geometry)
-    run(launches, (grad_output, input, output), key)
+    run(launches, {"grad_ptr": grad_output, "input_ptr": input, "output_ptr": output}, key)
     return output
 
 

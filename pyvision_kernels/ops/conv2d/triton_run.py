@@ -86,13 +86,13 @@ def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def run(launches: list[Launch], tensors: tuple[Tensor | None, ...], key: Hashable | None) -> None:
+def run(launches: list[Launch], tensors: dict[str, Tensor | None], key: Hashable | None) -> None:
     """Starts the kernels, and keeps the plan under a key.
 
     Args:
-        tensors: What the launches may take; the result last. One more that they take is a workspace.
+        tensors: What the launches take, by the names of their arguments; the result last. One more is a workspace.
     """
-    output = tensors[-1]
+    names, output = list(tensors), tensors["output_ptr"]
     assert output is not None
     steps, workspace = [], None
     for launch in launches:
@@ -107,11 +107,14 @@ def run(launches: list[Launch], tensors: tuple[Tensor | None, ...], key: Hashabl
         with _on(output, bool(launch.arguments.get("DESCRIPTORS"))):
             compiled = kernel[grid](*arguments, **options)
         places = []
-        for place, argument in enumerate(arguments):
+        for place, name in enumerate(kernel.arg_names):
+            argument = arguments[place]
             if isinstance(argument, Tensor):
-                index = next((index for index, tensor in enumerate(tensors) if tensor is argument), len(tensors))
+                if tensors.get(name) is argument:  # by name: one tensor may be two arguments in one call only
+                    index = names.index(name)
+                else:
+                    index, workspace = len(names), tuple(argument.shape)
                 places.append((place, index))
-                workspace = tuple(argument.shape) if index == len(tensors) else workspace
                 arguments[place] = None
         start = functools.partial(kernel[grid], **options) if INTERPRETED else compiled[grid]
         steps.append(_Step(start, arguments, places))
