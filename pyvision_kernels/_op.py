@@ -1,8 +1,9 @@
 """The one way to declare an op: schema, fake, autograd, autocast, vmap, and the path below autograd.
 
-The kernels are registered in C++ (`csrc/ops/<op>/<op>.cpp`); everything that Python decides about an op is declared
-here. What `torch.library` registers for autograd costs tens of microseconds a call. So where nothing is tracing, a call
-is dispatched below autograd where nothing can ask for a gradient, and else made by a `torch.autograd.Function`.
+The kernels are registered in C++ (`csrc/ops/<op>/<op>.cpp`), or given with the op, where they are of Triton; everything
+that Python decides about an op is declared here. What `torch.library` registers for autograd costs tens of microseconds
+a call. So where nothing is tracing, a call is dispatched below autograd where nothing can ask for a gradient, and else
+made by a `torch.autograd.Function`.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Contract:
     autocast: Callable[..., tuple[Any, ...]] | None
     vmap: Callable[..., Any] | None
     cuda_only: bool = False
+    implementation: Callable[..., Any] | None = None
 
     @property
     def name(self) -> str:
@@ -126,6 +128,7 @@ def declare(
     autocast: Callable[..., tuple[Any, ...]] | None = None,
     vmap: Callable[..., Any] | None = None,
     cuda_only: bool = False,
+    implementation: Callable[..., Any] | None = None,
 ) -> Op:
     """Declares `pvk::<name>`.
 
@@ -135,10 +138,11 @@ def declare(
         setup_context, backward, vmap: As on a `torch.autograd.Function`; an op without them has no gradient, no vmap.
         autocast: Maps the arguments to those that the op gets under autocast, on CPU and CUDA.
         cuda_only: No kernel of ours runs it on the CPU.
+        implementation: Of an op in Python, with kernels of Triton's; its annotations are to give the schema.
     """
-    contract = Contract(schema, fake, setup_context, backward, autocast, vmap, cuda_only)
+    contract = Contract(schema, fake, setup_context, backward, autocast, vmap, cuda_only, implementation)
     op = Op(contract, define(contract, _library))
-    for key, library in LIBRARIES.items():
+    for key, library in LIBRARIES.items() if implementation is None else ():
         if key == "CPU" and cuda_only:
             _library.impl(op.name, _refuser(op.name), key)
         elif library.handle is None:
@@ -154,9 +158,15 @@ def declare(
 def define(contract: Contract, library: torch.library.Library) -> torch._ops.OpOverload:
     """Declares an op in the namespace of a library: all but its kernels."""
     name = f"{library.ns}::{contract.name}"
-    library.define(contract.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    if contract.implementation is None:
+        library.define(contract.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(name, contract.fake, lib=library)
+    else:
+        definition: Any = torch.library.triton_op(name, contract.implementation, mutates_args=())
+        definition.register_fake(contract.fake)  # so far the implementation: launches are planned there
+        for key in ("CPU", "CUDA"):  # past what triton_op puts around it, for a third of a call's time
+            library.impl(contract.name, contract.implementation, key)
     overload = getattr(getattr(torch.ops, library.ns), contract.name).default
-    torch.library.register_fake(name, contract.fake, lib=library)
     if contract.backward is not None and contract.setup_context is not None:
         torch.library.register_autograd(name, contract.backward, setup_context=contract.setup_context, lib=library)
     if contract.vmap is not None:

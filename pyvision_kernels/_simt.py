@@ -57,8 +57,9 @@ def options() -> Options | None:
 
 @functools.cache
 def twins() -> dict[str, torch._ops.OpOverload]:
-    """Every op declared in the second namespace, with the same contract."""
-    return {name: define(op.contract, _library) for name, op in REGISTRY.items()}
+    """Every op with a CUDA kernel in C++ declared in the second namespace, with the same contract."""
+    kernels = {name: op.contract for name, op in REGISTRY.items() if op.contract.implementation is None}
+    return {name: define(contract, _library) for name, contract in kernels.items()}
 
 
 @contextlib.contextmanager

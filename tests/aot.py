@@ -4,13 +4,14 @@ Takes every csrc/ops/*/cuda*.cu, and csrc/graph/cuda.cu, for each architecture f
 compiles it with the same flags where the build has none that is newer than the sources. Fails where a kernel needs a
 stack frame, as one that spills does, without a reason in aot_allowed.json, where such a reason no longer applies, and
 where a kernel lacks the instruction that it was written for. The same for the kernels of tests/simt/right.cu, as
-"core": they use all PTX of csrc/core.
+"core": they use all PTX of csrc/core. The kernels of Triton are compiled by aot_triton.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.util
 import json
 import os
 import re
@@ -378,6 +379,14 @@ def main() -> int:
         print_table([kernel for kernel in kernels if kernel.op != "core"], allowed)
     if nvdisasm is None:
         print("aot: opcodes NOT checked: no nvdisasm beside nvcc, on PATH or in triton (pip install triton)")
+    if importlib.util.find_spec("triton") is None:
+        print("aot: the kernels of Triton are NOT checked: no triton (pip install triton)")
+    else:
+        import aot_triton
+
+        compiled, found = aot_triton.check(archs, args.full)
+        problems += found
+        aot_triton.print_table(compiled)
     for problem in problems:
         print(f"aot: {problem}", file=sys.stderr)
     print(

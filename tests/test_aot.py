@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import aot
+import aot_triton
+import torch
 
 SYMBOL = "_ZN3pvk3nms15nms_mask_kernelIfEEvNS0_9NmsParamsE"
 
@@ -48,3 +50,34 @@ def test_missing_opcode_fails(monkeypatch):
     assert "LDS" in missing
     both = aot.check_opcodes(kernels, aot.split_sass(listing.format(SYMBOL, "ATOMG.E.OR")))
     assert len(both) == 2
+
+
+def compiled(**found):
+    variant = aot_triton.Variant("90", "forward", torch.bfloat16, "ieee", (128, 128, 64, 8, 3))
+    return aot_triton.Compiled(
+        variant, "conv2d_kernel", **{"opcodes": {"HGMMA", "UTMALDG"}, "descriptors": True, **found}
+    )
+
+
+def test_triton_kernel_fails_for_spills_shared_memory_and_opcodes():
+    assert aot_triton.problems_of(compiled()) == []
+    for found, word in (
+        ({"stack": 8}, "stack frame 8 bytes"),
+        ({"spilled": 4}, "4 bytes spilled"),
+        ({"shared": 227 * 1024 + 1}, "shared memory"),
+        ({"opcodes": {"HMMA", "UTMALDG"}}, "expected HGMMA"),
+        ({"opcodes": {"HGMMA", "LDGSTS"}}, "expected UTMALDG"),
+        ({"problem": "ptxas failed"}, "ptxas failed"),
+    ):
+        (problem,) = aot_triton.problems_of(compiled(**found))
+        assert word in problem
+
+
+def test_every_configuration_of_sm_90_is_compiled():
+    from pyvision_kernels.ops.conv2d.triton_configs import shapes
+
+    variants = aot_triton.variants(["90"], False)
+    for configs in shapes(90, torch.bfloat16, "ieee").values():
+        for config in configs:
+            found = {variant.direction for variant in variants if variant.config == config}
+            assert found == {"forward", "backward_input", "backward_weight"}

@@ -68,13 +68,17 @@ def test_op_has_cases(spec):
 def test_every_operator_has_a_fake_and_belongs_to_an_op():
     bindings = [*(CSRC / "graph").glob("*.cpp"), *(CSRC / "ops" / folder / f"{folder}.cpp" for folder in FOLDERS)]
     registered = {name for path in bindings for name in re.findall(r'm\.impl\("(\w+)"', path.read_text())}
-    assert registered == set(REGISTRY)
+    in_python = {name for name, op in REGISTRY.items() if op.contract.implementation is not None}
+    assert registered == set(REGISTRY) - in_python
+    assert in_python == {"_conv2d_triton", "_conv2d_triton_backward_input", "_conv2d_triton_backward_weight"}
+    for name in in_python:
+        assert str(REGISTRY[name].overload._schema) == f"pvk::{REGISTRY[name].contract.schema}"
     for name in REGISTRY:
         assert torch._library.simple_registry.singleton.find(f"pvk::{name}").fake_impl.kernel is not None
 
 
 def test_every_operator_has_an_emulated_twin_with_the_same_contract(emulator):
-    assert set(_simt.twins()) == set(REGISTRY)
+    assert set(_simt.twins()) == {name for name, op in REGISTRY.items() if op.contract.implementation is None}
     for name, twin in _simt.twins().items():
         ours = REGISTRY[name].overload
         assert str(twin._schema) == str(ours._schema).replace("pvk::", "pvk_simt::")

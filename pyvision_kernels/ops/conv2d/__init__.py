@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyvision_kernels import _activation
 from pyvision_kernels._check import require, require_tensors
+from pyvision_kernels.ops.conv2d import triton  # noqa: F401  # declares operators
 from pyvision_kernels.ops.conv2d.geometry import Geometry, Padding
 from pyvision_kernels.ops.conv2d.operator import run
 from pyvision_kernels.ops.conv2d.variants import conv1d, conv_transpose2d

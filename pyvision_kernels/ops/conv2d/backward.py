@@ -39,7 +39,7 @@ def is_channels_last(tensor: Tensor) -> bool:
 
 def _empty(like: Tensor, size: tuple[Any, ...], channels_last: bool) -> Tensor:
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return like.new_empty(size).contiguous(memory_format=layout)
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def _unbound(op: Any, tensors: int) -> Any:
@@ -84,28 +84,35 @@ def _setup_input(ctx, inputs, output):
     ctx.save_for_backward(grad_output, weight, bias, output if by_result else None)
 
 
-def _backward_of_input(ctx, grad):
+def _convolve(input, weight, numbers, channels_last, kernel):
     from pyvision_kernels.ops.conv2d.operator import conv2d_op  # which declares its own gradient by this module
 
+    return conv2d_op(input, weight, *(None,) * 5, numbers, 0, False, channels_last, kernel)
+
+
+def gradient_of_input(ctx: Any, grad: Tensor, convolve: Any, to_input: Any, to_weight: Any) -> tuple[Any, ...]:
+    """Gradients of grad_output, weight and bias, by the operators given."""
     grad_output, weight, bias, at = ctx.saved_tensors
-    numbers, size, activation, channels_last, kernel = ctx.options
+    numbers, size, activation, channels_last, kernel = ctx.options[:5]
     if _activation.needs_input(activation):
         # In float32 beside 16 bits: a derivative that jumps is taken on the right side.
         wide = [
             value.float() if value is not None and value.dtype != torch.float64 else value
             for value in (grad_output, weight, bias)
         ]
-        at = backward_input_op(*wide, numbers, size, 0, channels_last, kernel)
+        at = to_input(*wide, numbers, size, 0, channels_last, kernel)
     grad = _activation.backward(activation, grad, at).to(weight.dtype) if activation else grad
     needs = ctx.needs_input_grad
-    by_grad = conv2d_op(grad, weight, *(None,) * 5, numbers, 0, False, channels_last, kernel) if needs[0] else None
+    by_grad = convolve(grad, weight, numbers, channels_last, kernel) if needs[0] else None
     by_weight = None
     if needs[1]:
-        by_weight = backward_weight_op(
-            grad_output, grad, numbers, list(weight.shape[2:]), is_channels_last(weight), kernel
-        )
+        by_weight = to_weight(grad_output, grad, numbers, list(weight.shape[2:]), is_channels_last(weight), kernel)
     by_bias = grad.sum((0, 2, 3)).to(bias.dtype) if needs[2] and bias is not None else None
-    return by_grad, by_weight, by_bias, *(None,) * 5
+    return by_grad, by_weight, by_bias
+
+
+def _backward_of_input(ctx, grad):
+    return *gradient_of_input(ctx, grad, _convolve, backward_input_op, backward_weight_op), *(None,) * 5
 
 
 backward_input_op: Op = declare(
@@ -139,20 +146,21 @@ def _setup_weight(ctx, inputs, output):
     ctx.save_for_backward(grad_output, input)
 
 
-def _backward_of_weight(ctx, grad):
-    from pyvision_kernels.ops.conv2d.operator import conv2d_op
-
+def gradient_of_weight(ctx: Any, grad: Tensor, convolve: Any, to_input: Any) -> tuple[Any, ...]:
+    """Gradients of grad_output and input, by the operators given."""
     grad_output, input = ctx.saved_tensors
-    numbers, _, _, kernel = ctx.options
+    numbers, _, _, kernel = ctx.options[:4]
     needs = ctx.needs_input_grad
     by_grad = by_input = None
     if needs[0]:
-        by_grad = conv2d_op(input, grad, *(None,) * 5, numbers, 0, False, is_channels_last(grad_output), kernel)
+        by_grad = convolve(input, grad, numbers, is_channels_last(grad_output), kernel)
     if needs[1]:
-        by_input = backward_input_op(
-            grad_output, grad, None, numbers, list(input.shape[2:]), 0, is_channels_last(input), kernel
-        )
-    return by_grad, by_input, *(None,) * 4
+        by_input = to_input(grad_output, grad, None, numbers, list(input.shape[2:]), 0, is_channels_last(input), kernel)
+    return by_grad, by_input
+
+
+def _backward_of_weight(ctx, grad):
+    return *gradient_of_weight(ctx, grad, _convolve, backward_input_op), *(None,) * 4
 
 
 backward_weight_op: Op = declare(

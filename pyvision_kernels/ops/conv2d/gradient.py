@@ -42,16 +42,17 @@ def _unpad(grad: Tensor, input: Tensor, sides: list[int], mode: int) -> Tensor:
 
 
 def _by_our_kernels(
-    grad: Tensor, input: Tensor, weight: Tensor, needs: tuple[bool, ...], numbers: list[int], kernel: int
+    grad: Tensor, input: Tensor, weight: Tensor, needs: tuple[bool, ...], numbers: list[int], kernel: int, ops: Any
 ) -> tuple[Tensor | None, Tensor | None]:
+    to_input, to_weight = ops
     kernel = TF32 if kernel == TF32 else DIRECT
     by_input = by_weight = None
     if needs[0]:
         size = list(input.shape[2:])
-        by_input = backward_input_op(grad, weight, None, numbers, size, 0, is_channels_last(input), kernel)
+        by_input = to_input(grad, weight, None, numbers, size, 0, is_channels_last(input), kernel)
     if needs[1]:
         taps = list(weight.shape[2:])
-        by_weight = backward_weight_op(grad, input, numbers, taps, is_channels_last(weight), kernel)
+        by_weight = to_weight(grad, input, numbers, taps, is_channels_last(weight), kernel)
     return by_input, by_weight
 
 
@@ -69,6 +70,7 @@ def backward(
     result: Tensor | None,
     convolve: Any,
     kernel: int,
+    ops: tuple[Any, Any] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of input, weight, bias, scale, shift, residual.
 
@@ -80,6 +82,7 @@ def backward(
         result: Of the forward, where it was not pooled.
         convolve: (input, weight, bias) -> their convolution.
         kernel: The algorithm of the forward.
+        ops: What computes the gradients of input and weight; None: the ops of backward.py on CUDA, else PyTorch.
     """
     input, weight, bias, scale, shift, _ = tensors
     assert input is not None
@@ -119,16 +122,18 @@ def backward(
     if needs[2] and bias is not None:
         grads[2] = grad.sum((0, 2, 3)).to(bias.dtype)
     if needs[0] or needs[1]:
+        if ops is None and runs_cuda_kernels(grad):
+            ops = backward_input_op, backward_weight_op
         left, right, top, bottom = sides
-        within = mode == 0 and (runs_cuda_kernels(grad) or (left, top) == (right, bottom))
+        within = mode == 0 and (ops is not None or (left, top) == (right, bottom))
         source = input if within else _pad(input, sides, mode)
         padding = [top, left] if within else [0, 0]
         by_source: Tensor | None
         by_weight: Tensor | None
-        if runs_cuda_kernels(grad):
+        if ops is not None:
             sides = sides if within else [0, 0, 0, 0]
             numbers_of_source = [*stride, *sides, *dilation, groups, 0]
-            by_source, by_weight = _by_our_kernels(grad, source, weight, needs, numbers_of_source, kernel)
+            by_source, by_weight = _by_our_kernels(grad, source, weight, needs, numbers_of_source, kernel, ops)
         else:
             by_source, by_weight, _ = torch.ops.aten.convolution_backward(
                 *(grad, source, weight, None, stride, padding, dilation, False, [0, 0], groups),

@@ -79,7 +79,7 @@ def _fake(input, weight, bias, scale, shift, residual, packed, numbers, activati
     rows, columns = _check(input, weight, numbers, {"bias": bias, "scale": scale, "shift": shift}, residual, op)
     require(not pool or (rows > 1 and columns > 1), op, "at least 2 x 2 pixels to pool", [rows, columns])
     size = (input.shape[0], weight.shape[0], rows // 2 if pool else rows, columns // 2 if pool else columns)
-    return input.new_empty(size).contiguous(memory_format=_format(channels_last))
+    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=_format(channels_last))
 
 
 def _format(channels_last: bool) -> torch.memory_format:
