@@ -2,7 +2,8 @@
 // by mma.m16n8k16, float as tf32 by m16n8k8 (rounded to nearest as it is read); sums are float32 in registers.
 //
 // An operand lies in shared memory as OperandTile says, a step of 64 bytes along K at a time. Its 16-byte vectors are
-// swizzled so that neither the reads of fragments nor whole-vector writes of neighbouring rows meet in a bank.
+// swizzled so that neither the reads of fragments nor whole-vector writes of neighbouring rows meet in a bank. The
+// interface is FmaTile's (core/fma_tile.cuh).
 #pragma once
 
 #include "core/math.h"
@@ -35,7 +36,7 @@ struct OperandTile {
   }
 };
 
-// A warp owns WARP_M x WARP_N of the block's BLOCK_M x BLOCK_N.
+// A warp owns WARP_M x WARP_N of the block's BLOCK_M x BLOCK_N. All of a block's threads call it with their number.
 template <typename scalar_t, int BLOCK_M, int BLOCK_N, int WARP_M, int WARP_N, Major kMajorA, Major kMajorB>
 class MmaTile {
  public:
@@ -43,7 +44,8 @@ class MmaTile {
   using Sum = float;
   using A = OperandTile<scalar_t, kMajorA, BLOCK_M>;
   using B = OperandTile<scalar_t, kMajorB, BLOCK_N>;
-  static constexpr int kBlockM = BLOCK_M, kBlockN = BLOCK_N, kDepth = A::kDepth;
+  static constexpr int kDepth = A::kDepth;
+  static constexpr int kRun = 2;  // neighbouring columns that a thread owns
   static constexpr int kThreads = BLOCK_M / WARP_M * (BLOCK_N / WARP_N) * kWarpSize;
   static_assert(BLOCK_M % WARP_M == 0 && BLOCK_N % WARP_N == 0 && WARP_M % 16 == 0 && WARP_N % 16 == 0);
 
@@ -56,17 +58,17 @@ class MmaTile {
   }
 
   // Adds the product of a step: a of A::kElements, b of B::kElements, aligned to 16 bytes.
-  PVK_DEVICE void multiply(const scalar_t* a, const scalar_t* b) {
+  PVK_DEVICE void multiply(const scalar_t* a, const scalar_t* b, int thread) {
     constexpr int kStep = 2 * A::kVec;
 #pragma unroll
     for (int k = 0; k < kDepth; k += kStep) {
       MmaA rows[kTilesM];
 #pragma unroll
-      for (int i = 0; i < kTilesM; ++i) load_a(rows[i], a, first_row() + 16 * i, k);
+      for (int i = 0; i < kTilesM; ++i) load_a(rows[i], a, first_row(thread) + 16 * i, k, thread % kWarpSize);
 #pragma unroll
       for (int j = 0; j < kTilesN; j += 2) {
         MmaB columns[2];
-        load_b(columns, b, first_column() + 8 * j, k);
+        load_b(columns, b, first_column(thread) + 8 * j, k, thread % kWarpSize);
 #pragma unroll
         for (int i = 0; i < kTilesM; ++i) {
 #pragma unroll
@@ -82,19 +84,18 @@ class MmaTile {
     }
   }
 
-  // body(row, column, sum of (row, column), sum of (row, column + 1)) of every pair that this thread holds; column is
-  // even.
-  template <typename Body>
-  PVK_DEVICE void for_each_pair(const Body& body) const {
-    const int lane = int(threadIdx.x) % kWarpSize;
+  // f(row, column, values): kRun sums, of (row, column) and the column after it.
+  template <typename F>
+  PVK_DEVICE void for_each(int thread, const F& f) const {
+    const int lane = thread % kWarpSize;
 #pragma unroll
     for (int i = 0; i < kTilesM; ++i) {
 #pragma unroll
       for (int j = 0; j < kTilesN; ++j) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float* const values = sums_[i][j].values + 2 * half;
-          body(first_row() + 16 * i + 8 * half + lane / 4, first_column() + 8 * j + lane % 4 * 2, values[0], values[1]);
+          const float values[kRun] = {sums_[i][j].values[2 * half], sums_[i][j].values[2 * half + 1]};
+          f(first_row(thread) + 16 * i + 8 * half + lane / 4, first_column(thread) + 8 * j + lane % 4 * 2, values);
         }
       }
     }
@@ -103,12 +104,11 @@ class MmaTile {
  private:
   static constexpr int kTilesM = WARP_M / 16, kTilesN = WARP_N / 8, kWarpsN = BLOCK_N / WARP_N;
 
-  static PVK_DEVICE int first_row() { return int(threadIdx.x) / kWarpSize / kWarpsN * WARP_M; }
-  static PVK_DEVICE int first_column() { return int(threadIdx.x) / kWarpSize % kWarpsN * WARP_N; }
+  static PVK_DEVICE int first_row(int thread) { return thread / kWarpSize / kWarpsN * WARP_M; }
+  static PVK_DEVICE int first_column(int thread) { return thread / kWarpSize % kWarpsN * WARP_N; }
 
   // Rows [row, row + 16).
-  static PVK_DEVICE void load_a(MmaA& out, const scalar_t* a, int row, int k) {
-    const int lane = int(threadIdx.x) % kWarpSize;
+  static PVK_DEVICE void load_a(MmaA& out, const scalar_t* a, int row, int k, int lane) {
     if constexpr (kMajorA == Major::kK) {
       ldmatrix(out.regs, a + A::at(row + lane % 16, k + lane / 16 * A::kVec));
       round(out.regs);
@@ -121,8 +121,7 @@ class MmaTile {
   }
 
   // Columns [column, column + 16), as two fragments.
-  static PVK_DEVICE void load_b(MmaB (&out)[2], const scalar_t* b, int column, int k) {
-    const int lane = int(threadIdx.x) % kWarpSize;
+  static PVK_DEVICE void load_b(MmaB (&out)[2], const scalar_t* b, int column, int k, int lane) {
     uint32_t regs[4];
     if constexpr (kMajorB == Major::kK) {
       ldmatrix(regs, b + B::at(column + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * B::kVec));
