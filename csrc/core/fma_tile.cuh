@@ -30,6 +30,7 @@ struct FmaTile {
   using Sum = T;
   using A = FmaOperand<T, M, DEPTH, A_BY_K>;
   using B = FmaOperand<T, N, DEPTH, B_BY_K>;
+  static constexpr int kDepth = DEPTH;
   static constexpr int kRowThreads = M / TM, kColumnThreads = N / TN;
   static constexpr int kThreads = kRowThreads * kColumnThreads;
   static constexpr int kVec = kVec16<T>;

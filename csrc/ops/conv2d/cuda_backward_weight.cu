@@ -1,42 +1,99 @@
-// The gradient of conv2d with respect to its weight, on CUDA: one thread an element. Correct and plain.
+// The gradient of conv2d with respect to its weight, on CUDA: how the product is cut, the kernels for dense channels,
+// and the sum of the parts.
 #include "core/dispatch.cuh"
-#include "core/launch.h"
-#include "core/warp.cuh"
+#include "ops/conv2d/backward_weight.cuh"
 #include "ops/conv2d/cuda_kernels.h"
 
 namespace pvk::conv2d {
 namespace {
 
-constexpr int kBlockThreads = 256;
+constexpr int64_t kWantedBlocks = 264;  // two waves of 132 multiprocessors
+constexpr int64_t kLeastPixels = 512;   // of a part: below, its tile costs more to write and to add than to make
 
-// Thread i owns element i of [K, C / groups, R, S]: it sums over the pixels of all images, in their order.
+// Whether each pixel's channels of a group are whole vectors of 16 bytes.
+bool has_vectors(const void* data, const int64_t* stride, const int64_t* size, int64_t channels, int64_t vec) {
+  bool whole = reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride[1] == 1 && channels % vec == 0;
+  for (int i : {0, 2, 3}) whole = whole && (size[i] == 1 || stride[i] % vec == 0);
+  return whole;
+}
+
+WeightPlan plan_of(const BackwardWeightParams& p) {
+  WeightPlan plan{};
+  const bool wide = p.dtype == DType::kFloat64, half = p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16;
+  const int64_t vec = 16 / (wide ? 8 : half ? 2 : 4);
+  plan.M = p.K / p.groups;
+  plan.N = p.R * p.S * (p.C / p.groups);
+  plan.pixels = p.N * p.OH * p.OW;
+  const int64_t output_size[] = {p.N, p.K, p.OH, p.OW}, input_size[] = {p.N, p.C, p.H, p.W};
+  plan.vector_output = has_vectors(p.grad_output, p.grad_output_stride, output_size, plan.M, vec);
+  plan.vector_input = plan.vector_output && has_vectors(p.input, p.input_stride, input_size, p.C / p.groups, vec);
+  plan.tensor_cores = half || (p.dtype == DType::kFloat32 && p.algorithm == Algorithm::kTf32);
+  plan.large = plan.vector_input && !wide && plan.M > block_m(false) && plan.N > block_n(plan.tensor_cores, false);
+  plan.tiles_m = ceil_div(plan.M, int64_t(block_m(plan.large)));
+  plan.tiles_n = ceil_div(plan.N, int64_t(block_n(plan.tensor_cores, plan.large)));
+  const int64_t tiles = plan.tiles_m * plan.tiles_n * p.groups;
+  const int64_t most = max_of(int64_t(1), min_of(kWantedBlocks / tiles, plan.pixels / kLeastPixels));
+  constexpr int64_t kWhole = 32;  // a multiple of every kernel's step
+  plan.pixels_of_part = max_of(kWhole, ceil_div(ceil_div(plan.pixels, most), kWhole) * kWhole);
+  plan.parts = max_of(int64_t(1), ceil_div(plan.pixels, plan.pixels_of_part));
+  return plan;
+}
+
+constexpr int kReduceThreads = 256;
+constexpr int kReduceRows = kReduceThreads / kWarpSize;
+
+// A block owns 32 neighbours of [K, N]. Warp w adds parts w, w + 8, ..., and the first warp adds the warps' sums: one
+// order, whatever the launch. Rounds once, and writes to the result's layout.
 template <typename scalar_t>
-__global__ void __launch_bounds__(kBlockThreads) conv2d_backward_weight_kernel(const BackwardWeightParams p) {
+__global__ void __launch_bounds__(kReduceThreads)
+    conv2d_backward_weight_sum_kernel(const BackwardWeightParams p, const WeightPlan plan) {
   using T = opmath_t<scalar_t>;
-  const int64_t channels = p.C / p.groups, count = p.K * channels * p.R * p.S;
-  for (int64_t i = int64_t(blockIdx.x) * kBlockThreads + threadIdx.x; i < count;
-       i += int64_t(gridDim.x) * kBlockThreads) {
-    const int64_t s = i % p.S, r = i / p.S % p.R, c = i / (p.S * p.R) % channels, k = i / (p.S * p.R * channels);
-    const int64_t input_channel = k / (p.K / p.groups) * channels + c;
-    T sum = T(0);
-    for (int64_t n = 0; n < p.N; ++n) {
-      for (int64_t oh = 0; oh < p.OH; ++oh) {
-        const int64_t h = oh * p.stride[0] - p.padding_top + r * p.dilation[0];
-        if (h < 0 || h >= p.H) continue;
-        const scalar_t* x = static_cast<const scalar_t*>(p.input) + n * p.input_stride[0] +
-                            input_channel * p.input_stride[1] + h * p.input_stride[2];
-        const scalar_t* g = static_cast<const scalar_t*>(p.grad_output) + n * p.grad_output_stride[0] +
-                            k * p.grad_output_stride[1] + oh * p.grad_output_stride[2];
-        for (int64_t ow = 0; ow < p.OW; ++ow) {
-          const int64_t w = ow * p.stride[1] - p.padding_left + s * p.dilation[1];
-          if (w < 0 || w >= p.W) continue;
-          sum = fma(to_opmath(x[w * p.input_stride[3]]), to_opmath(g[ow * p.grad_output_stride[3]]), sum);
-        }
-      }
+  SIMT_SHARED(T[kReduceRows][kWarpSize], sums);
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int64_t count = p.K * plan.N, i = int64_t(blockIdx.x) * kWarpSize + lane;
+  T sum = T(0);
+  if (i < count) {
+    const T* const parts = static_cast<const T*>(p.workspace) + i;
+#pragma unroll 4
+    for (int64_t part = warp; part < plan.parts; part += kReduceRows) sum += __ldg(parts + part * count);
+  }
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0 || i >= count) return;
+#pragma unroll
+  for (int w = 1; w < kReduceRows; ++w) sum += sums[w][lane];
+  const int64_t channels = p.C / p.groups, k = i / plan.N, n = i % plan.N;
+  const int64_t c = n % channels, s = n / channels % p.S, r = n / channels / p.S;
+  const int64_t at = k * p.grad_weight_stride[0] + c * p.grad_weight_stride[1] + r * p.grad_weight_stride[2] +
+                     s * p.grad_weight_stride[3];
+  static_cast<scalar_t*>(p.grad_weight)[at] = from_opmath<scalar_t>(sum);
+}
+
+template <typename scalar_t>
+void run_vectors(const BackwardWeightParams& p, const WeightPlan& plan, Stream stream) {
+  constexpr bool kHalf = sizeof(scalar_t) == 2;
+  if constexpr (kHalf || std::is_same_v<scalar_t, float>) {
+    if (plan.tensor_cores) {
+      return plan.large ? launch_backward_weight<scalar_t, true, true, false, false>(p, plan, stream)
+                        : launch_backward_weight<scalar_t, true, false, false, false>(p, plan, stream);
     }
-    const int64_t at = k * p.grad_weight_stride[0] + c * p.grad_weight_stride[1] + r * p.grad_weight_stride[2] +
-                       s * p.grad_weight_stride[3];
-    static_cast<scalar_t*>(p.grad_weight)[at] = from_opmath<scalar_t>(sum);
+  }
+  if constexpr (std::is_same_v<scalar_t, float>) {
+    if (plan.large) return launch_backward_weight<scalar_t, false, true, false, false>(p, plan, stream);
+  }
+  if constexpr (!kHalf) launch_backward_weight<scalar_t, false, false, false, false>(p, plan, stream);
+}
+
+int64_t padded(int64_t output, int64_t stride, int64_t dilation, int64_t taps) {
+  return (output - 1) * stride + dilation * (taps - 1);
+}
+
+void check_coordinates(const BackwardWeightParams& p) {
+  const int64_t most = max_of(max_of(padded(p.OH, p.stride[0], p.dilation[0], p.R), p.H),
+                              max_of(padded(p.OW, p.stride[1], p.dilation[1], p.S), p.W));
+  if (max_of(most, max_of(p.padding_top, p.padding_left)) >= kMostCoordinate) {
+    throw std::runtime_error("_conv2d_backward_weight: expected padded rows and columns to be below 2^30, but got " +
+                             std::to_string(most));
   }
 }
 
@@ -44,16 +101,26 @@ __global__ void __launch_bounds__(kBlockThreads) conv2d_backward_weight_kernel(c
 
 void backward_weight(const BackwardWeightParams& p, Stream stream) {
   if (is_depthwise(p)) return backward_weight_depthwise(p, stream);
+  check_coordinates(p);
+  const WeightPlan plan = plan_of(p);
   dispatch_dtype(p.dtype, [&]<typename scalar_t>() {
-    const int64_t count = p.K * (p.C / p.groups) * p.R * p.S;
-    const int64_t blocks = min_of(ceil_div(count, int64_t(kBlockThreads)), int64_t(1) << 20);
-    launch(conv2d_backward_weight_kernel<scalar_t>, {dim3(unsigned(blocks)), dim3(kBlockThreads), 0, stream}, p);
+    if (plan.vector_input) {
+      run_vectors<scalar_t>(p, plan, stream);
+    } else {
+      backward_weight_gathered(p, plan, stream);
+    }
+    if (plan.parts == 1) return;
+    const int64_t blocks = ceil_div(p.K * plan.N, int64_t(kWarpSize));
+    launch(conv2d_backward_weight_sum_kernel<scalar_t>, {dim3(unsigned(blocks)), dim3(kReduceThreads), 0, stream}, p,
+           plan);
   });
 }
 
+// The tiles of [parts, K, N], in float32 or float64.
 int64_t workspace_bytes(const BackwardWeightParams& p) {
   if (is_depthwise(p)) return depthwise_workspace_bytes(p);
-  return 0;
+  const WeightPlan plan = plan_of(p);
+  return plan.parts > 1 ? plan.parts * p.K * plan.N * (p.dtype == DType::kFloat64 ? 8 : 4) : 0;
 }
 
 }  // namespace pvk::conv2d
