@@ -92,6 +92,16 @@ OPCODES: dict[str, list[tuple[Any, ...]]] = {
         ("conv2d_depthwise_channels_kernel<float, 4", r"LDG\.E\.128", "16-byte loads of the gradient"),
         ("conv2d_depthwise_channels_kernel<__nv_bfloat16, 8", r"STG\.E\.128", "16-byte stores of the gradient"),
     ],
+    "conv2d_backward_weight": [
+        (f"conv2d_backward_weight_kernel<pvk::MmaTile<{scalar}", opcode, reason)
+        for scalar, products in (("__half", r"HMMA\.16816\.F32 "), ("__nv_bfloat16", r"HMMA\.16816\.F32\.BF16"))
+        for opcode, reason in (
+            (products, "products on tensor cores"),
+            (r"LDSM\.16\.MT88\.4", "fragments of both factors, transposed"),
+            (r"LDGSTS\.E\.BYPASS\.128", "copies of 16 bytes beside the products"),
+        )
+    ]
+    + [("conv2d_backward_weight_kernel<pvk::MmaTile<float", r"HMMA\.1688\.F32\.TF32", "tf32 on tensor cores")],
     "conv2d_depthwise_backward_weight": [
         ("conv2d_depthwise_weight_channels_kernel<float, 4", r"LDG\.E\.128", "16-byte loads of map and gradient"),
         ("conv2d_depthwise_weight_channels_kernel<__nv_bfloat16, 8", r"LDG\.E\.128", "16-byte loads of both"),
@@ -155,6 +165,9 @@ OPCODES: dict[str, list[tuple[Any, ...]]] = {
 }
 # op -> (kernel, as a prefix; instruction; why it must not be there)
 FORBIDDEN: dict[str, list[tuple[Any, ...]]] = {
+    "conv2d_backward_weight": [
+        ("conv2d_backward_weight_", r"\b(ATOMG?|RED)\.", "parts are added in order: no atomics")
+    ],
     "conv2d_depthwise_backward": [("conv2d_depthwise_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics")],
     "conv2d_depthwise_backward_weight": [
         ("conv2d_depthwise_weight_", r"\b(ATOMG?|RED)\.", "parts are summed, and then added in order: no atomics")

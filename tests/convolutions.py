@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from pyvision_kernels.ops.conv2d import algorithm, reference
 from pyvision_kernels.ops.conv2d.geometry import Geometry
@@ -49,3 +50,23 @@ def expected_of(x, w, b, geometry):
     mode = MODES[geometry.padding_mode]
     options = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
     return reference.conv2d(x, w, b, *options, padding_mode=mode)
+
+
+def in_layout(tensor, layout):
+    """channels_last, contiguous, or a window of a larger map."""
+    if layout == "channels_last":
+        return tensor.contiguous(memory_format=torch.channels_last)
+    if layout == "window":  # of a larger map: rows do not follow each other
+        return F.pad(tensor, (2, 1, 1, 3))[:, :, 1:-3, 2:-1]
+    return tensor.contiguous()
+
+
+def within_the_rule(ours, exact, peer):
+    """Asserts that the error is at most twice the peer's."""
+    assert ours.shape == exact.shape
+    assert ours.dtype == peer.dtype
+    scale = exact.abs().max().item() or 1.0
+    errors = [(tensor.double() - exact).abs().max().item() / scale for tensor in (ours, peer)]
+    unit = torch.finfo(ours.dtype).eps
+    allowed = 8 * unit if ours.dtype == torch.float64 else 2 * errors[1] + unit
+    assert errors[0] <= allowed, f"error {errors[0]:.3g}, allowed {allowed:.3g}"

@@ -13,21 +13,13 @@ from pyvision_kernels.ops.conv2d.backward import backward_input_op, backward_wei
 from pyvision_kernels.ops.conv2d.geometry import Geometry
 from pyvision_kernels.ops.conv2d.operator import conv2d_op
 from tests.conftest import SEEDS
-from tests.convolutions import MODES, expected_of
+from tests.convolutions import MODES, expected_of, in_layout, within_the_rule
 
 pytestmark = [pytest.mark.simt, pytest.mark.usefixtures("emulator")]
 
 LAYOUTS = ("channels_last", "contiguous", "window")
 # Strips of several outputs, idle lanes and several tiles; too few outputs for long strips; pairs of channels.
 SIZES = {"wide": (2, 72, 13, 17), "narrow": (1, 40, 7, 6), "pairs": (2, 38, 11, 10)}
-
-
-def _in_layout(tensor, layout):
-    if layout == "channels_last":
-        return tensor.contiguous(memory_format=torch.channels_last)
-    if layout == "window":  # of a larger map: rows do not follow each other
-        return F.pad(tensor, (2, 1, 1, 3))[:, :, 1:-3, 2:-1]
-    return tensor.contiguous()
 
 
 def _tensors(size, multiplier, taps, geometry, dtype, layout="contiguous"):
@@ -38,17 +30,7 @@ def _tensors(size, multiplier, taps, geometry, dtype, layout="contiguous"):
     w = torch.randn(outputs, 1, *taps, generator=generator).to(dtype)
     b = torch.randn(outputs, generator=generator).to(dtype)
     g = torch.randn(size[0], outputs, *geometry.output_size(size[2:], taps), generator=generator).to(dtype)
-    return _in_layout(x, layout), w, b, _in_layout(g, layout)
-
-
-def _within_the_rule(ours, exact, peer):
-    assert ours.shape == exact.shape
-    assert ours.dtype == peer.dtype
-    scale = exact.abs().max().item() or 1.0
-    errors = [(tensor.double() - exact).abs().max().item() / scale for tensor in (ours, peer)]
-    unit = torch.finfo(ours.dtype).eps
-    allowed = 8 * unit if ours.dtype == torch.float64 else 2 * errors[1] + unit
-    assert errors[0] <= allowed, f"error {errors[0]:.3g}, allowed {allowed:.3g}"
+    return in_layout(x, layout), w, b, in_layout(g, layout)
 
 
 def _forward(x, w, b, geometry, layout, seed=SEEDS[-1], **options):
@@ -83,14 +65,14 @@ def _expected_gradients(g, x, w, geometry):
 def _check_all(x, w, b, g, geometry, layout):
     """The forward and both gradients by the rule."""
     exact = [tensor.double() for tensor in (x, w, b)]
-    _within_the_rule(
+    within_the_rule(
         _forward(x, w, b, geometry, layout), expected_of(*exact, geometry), expected_of(x, w, b, geometry).to(x.dtype)
     )
     if geometry.padding_mode == 0:
         ours = _gradients(g, x, w, geometry, layout)
         exact = _expected_gradients(g.double(), x.double(), w.double(), geometry)
         for one, right, peer in zip(ours, exact, _expected_gradients(g, x, w, geometry), strict=True):
-            _within_the_rule(one, right, peer)
+            within_the_rule(one, right, peer)
 
 
 # ---- kernels with the taps and the stride as constants ----
@@ -184,7 +166,7 @@ def test_what_follows_the_sums(activation, layout):
         wanted = [F.max_pool2d(tensor, 2) for tensor in (exact, peer.double())] if pool else [exact, peer]
         for term in (residual, residual.transpose(2, 3).contiguous().transpose(2, 3)):
             out = _forward(x, w, b, geometry, layout, residual=term, pool=pool, **given)
-            _within_the_rule(out, wanted[0], wanted[1].bfloat16())
+            within_the_rule(out, wanted[0], wanted[1].bfloat16())
 
 
 def test_a_transposed_convolution_has_a_bias_and_an_activation():
@@ -196,7 +178,7 @@ def test_a_transposed_convolution_has_a_bias_and_an_activation():
             out = backward_input_op(g, w, b, geometry.numbers, [8, 9], NUMBERS["relu"], last, DIRECT)
         exact, _ = _expected_gradients(g.double(), x.double(), w.double(), geometry)
         peer, _ = _expected_gradients(g, x, w, geometry)
-        _within_the_rule(out, (exact + b.double()[:, None, None]).relu(), (peer + b[:, None, None]).relu())
+        within_the_rule(out, (exact + b.double()[:, None, None]).relu(), (peer + b[:, None, None]).relu())
 
 
 # ---- values that are not finite ----
@@ -210,9 +192,9 @@ def test_no_value_is_multiplied_with_padding(taps, stride, layout, value):
     size = (1, 16, 8, 9)
     geometry = Geometry.of(stride, taps // 2, 1, 16, "zeros", (taps, taps))
     ones = torch.ones(size)
-    x, w = _in_layout(ones, layout), torch.ones(16, 1, taps, taps)
+    x, w = in_layout(ones, layout), torch.ones(16, 1, taps, taps)
     w[:, :, 0, 0] = value
-    g = _in_layout(torch.ones(1, 16, *geometry.output_size(size[2:], (taps, taps))), layout)
+    g = in_layout(torch.ones(1, 16, *geometry.output_size(size[2:], (taps, taps))), layout)
     out = _forward(x, w, None, geometry, layout)
     reads = _forward(x, (w != 1).float(), None, geometry, layout) > 0  # who reads the pixel through this tap
     assert torch.equal(out.isfinite(), ~reads)
