@@ -8,6 +8,7 @@ the right thing here.
 from pyvision_kernels import models, nn, ops
 from pyvision_kernels._backend import backend, strict_numerics
 from pyvision_kernels._extension import build_info, cpu_capability
+from pyvision_kernels._tuner import tuning
 from pyvision_kernels.convert import conversion_report, convert, revert
 from pyvision_kernels.explain import explain
 from pyvision_kernels.override import override_torchvision
@@ -27,4 +28,5 @@ __all__ = [
     "override_torchvision",
     "revert",
     "strict_numerics",
+    "tuning",
 ]

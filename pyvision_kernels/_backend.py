@@ -9,15 +9,22 @@ BACKENDS = ("auto", "pvk", "torch")
 
 
 class Choice:
-    """What `backend` and `strict_numerics` have set; `key` is a part of every cached plan."""
+    """What `backend` and `strict_numerics` have set; `key` is a part of every cached plan.
+
+    The last part of the key counts what else plans depend on: how often the tuner found something, or was turned on.
+    """
 
     def __init__(self) -> None:
         self.backend = "auto"
         self.strict = False
-        self.key: tuple[str, bool] = ("auto", False)
+        self.key: tuple[str, bool, int] = ("auto", False, 0)
 
     def set(self, backend: str, strict: bool) -> None:
-        self.backend, self.strict, self.key = backend, strict, (backend, strict)
+        self.backend, self.strict, self.key = backend, strict, (backend, strict, self.key[2])
+
+    def renew(self) -> None:
+        """Puts every cached plan out of date."""
+        self.key = (self.backend, self.strict, self.key[2] + 1)
 
 
 CHOICE = Choice()

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyvision_kernels._activation import NAMES
-from pyvision_kernels.ops.conv2d import algorithm
+from pyvision_kernels._backend import CHOICE
+from pyvision_kernels.ops.conv2d import algorithm, choice
 
 # PyTorch's operators in whose place ours may run.
 _TORCH = {
@@ -46,8 +47,13 @@ def explain(layer_or_function: Callable[..., Any], *inputs: Any, **options: Any)
         What the call raises.
     """
     recorder = _Recorder()
-    with torch.no_grad(), recorder:
-        layer_or_function(*inputs, **options)
+    CHOICE.renew()  # so that every layer chooses again, and says why
+    choice.REASONS.append(recorder.reasons)
+    try:
+        with torch.no_grad(), recorder:
+            layer_or_function(*inputs, **options)
+    finally:
+        choice.REASONS.pop()
     return recorder.lines
 
 
@@ -55,16 +61,24 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
+        self.reasons: list[str] = []  # of choices whose operator has not been called yet
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._overloadpacket._qualified_op_name
         space, _, op = name.partition("::")
         if space == "pvk" and not (op.startswith("_") and op.endswith("_pack")):
             values = {part.name: value for part, value in zip(func._schema.arguments, args, strict=False)}
-            self.lines.append(f"{op} {_sizes(args)}: pvk{_how(op, values)}")
+            self.lines.append(f"{op} {_sizes(args)}: pvk{_how(op, values)}{self._why(op)}")
         elif name in _TORCH:
-            self.lines.append(f"{_TORCH[name]} {_sizes(args)}: torch {name}")
+            self.lines.append(f"{_TORCH[name]} {_sizes(args)}: torch {name}{self._why(_TORCH[name])}")
         return func(*args, **(kwargs or {}))
+
+    def _why(self, op: str) -> str:
+        return f" ({self.reasons.pop(0)})" if op in _CHOSEN and self.reasons else ""
+
+
+# Of whose kernels choice.py chooses.
+_CHOSEN = ("conv2d", "_conv2d_backward_input", "_conv2d_backward_weight", "linear")
 
 
 def _sizes(args: Any) -> str:
@@ -74,7 +88,7 @@ def _sizes(args: Any) -> str:
 
 
 def _how(op: str, values: dict[str, Any]) -> str:
-    parts = [algorithm.NAMES[values["algorithm"]]] if op == "conv2d" else []
+    parts = [algorithm.name_of(values["algorithm"])] if "algorithm" in values else []
     if values.get("scale") is not None or values.get("shift") is not None:
         parts.append("scale and shift")
     if values.get("residual") is not None:
@@ -83,5 +97,5 @@ def _how(op: str, values: dict[str, Any]) -> str:
         parts.append(str(NAMES[values["activation"]]))
     if values.get("pool"):
         parts.append("2 x 2 pool")
-    head = f" {parts.pop(0)}" if op == "conv2d" else ""
+    head = f" {parts.pop(0)}" if "algorithm" in values else ""
     return head + "".join(f" + {part}" for part in parts)

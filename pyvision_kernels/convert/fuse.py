@@ -19,6 +19,7 @@ from torch.nn.modules import module as torch_module
 
 from pyvision_kernels._backend import CHOICE
 from pyvision_kernels._packed import is_off
+from pyvision_kernels._tuner import TUNER, gpu_name
 from pyvision_kernels.convert.plan import Plan
 from pyvision_kernels.convert.trace import EXCLUDED
 
@@ -93,7 +94,7 @@ def _is_plain(args: tuple[Any, ...]) -> bool:
     for arg in args:
         if type(arg) is not Tensor or not arg.is_floating_point():
             return False
-        if not (arg.is_cpu or (arg.is_cuda and CHOICE.backend == "pvk")):  # our kernels on CUDA are plain, for now
+        if not (arg.is_cpu or (arg.is_cuda and _fuses_on_cuda(arg))):
             return False
     return not (
         CHOICE.backend == "torch"
@@ -102,6 +103,12 @@ def _is_plain(args: tuple[Any, ...]) -> bool:
         or forward_ad._current_level >= 0
         or torch_module._has_any_global_hook()
     )
+
+
+def _fuses_on_cuda(arg: Tensor) -> bool:
+    """Where ours are asked for, or were measured: a fused model keeps its maps in channels_last, which PyTorch's
+    kernels may not gain from."""
+    return CHOICE.backend == "pvk" or TUNER.active or bool(TUNER.table(gpu_name(arg.device.index)).records)
 
 
 def _needs_grad(module: nn.Module, args: tuple[Any, ...]) -> bool:

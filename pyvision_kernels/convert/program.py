@@ -23,8 +23,9 @@ from pyvision_kernels._op import declare, runs_cuda_kernels
 from pyvision_kernels._packed import PLAIN, FoldedNorm, keeps, kept_by
 from pyvision_kernels.convert import chain
 from pyvision_kernels.convert.steps import Conv2dStep, LinearStep, NormStep
-from pyvision_kernels.ops.conv2d.algorithm import DIRECT, TF32
-from pyvision_kernels.ops.conv2d.operator import TORCH, decide_for
+from pyvision_kernels.ops.conv2d.algorithm import DIRECT, TF32, TORCH
+from pyvision_kernels.ops.conv2d.choice import precision_of
+from pyvision_kernels.ops.conv2d.operator import decide_on_cpu
 from pyvision_kernels.ops.linear import pack_for
 
 # Numbers are those of csrc/graph: Kind, and MapOp behind it.
@@ -221,7 +222,7 @@ class _Assembler:
         if residual != -1 and self.sizes[residual] != result:
             raise DoesNotFit
         flows = self.channels_last[value]
-        kernel = decide_for(size, self.dtype, "cpu", flows, weight, geometry, packed=True, alone=False)
+        kernel = decide_on_cpu(size, self.dtype, flows, weight, geometry)
         packed = None if kernel == TORCH else step.pack_for(weight, kernel, self.dtype)
         if packed is None:
             raise DoesNotFit
@@ -354,11 +355,9 @@ class _ChainAssembler(_Assembler):
 
 
 def _allow_tf32(argument: Tensor) -> tuple[bool, bool]:
-    """Whether convolutions, and whether linear layers, may round float32 to tf32: where PyTorch's may."""
-    if CHOICE.strict or not argument.is_cuda or argument.dtype is not torch.float32:
-        return False, False
-    precision = torch._C._get_fp32_precision_getter
-    return precision("cuda", "conv") == "tf32", precision("cuda", "matmul") == "tf32"
+    """Of convolutions, of linear layers."""
+    kind = argument.dtype, argument.device.type
+    return precision_of(*kind), precision_of(*kind, matmul=True)
 
 
 _Assembler.writers = {

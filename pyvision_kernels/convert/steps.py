@@ -13,11 +13,14 @@ from pyvision_kernels import _activation
 from pyvision_kernels import nn as ours
 from pyvision_kernels._backend import CHOICE
 from pyvision_kernels._packed import FoldedNorm, Packs, PacksOf
+from pyvision_kernels._tuner import TUNER
 from pyvision_kernels.convert.patterns import Chain
 from pyvision_kernels.convert.trace import is_norm_with_activation
 from pyvision_kernels.nn.conv import geometry_of
 from pyvision_kernels.ops.conv2d import run as run_conv2d
-from pyvision_kernels.ops.conv2d.operator import TORCH, conv2d_op, decide, pack
+from pyvision_kernels.ops.conv2d.algorithm import TORCH, is_triton
+from pyvision_kernels.ops.conv2d.choice import fusion_of
+from pyvision_kernels.ops.conv2d.operator import conv2d_op, decide, pack, state_of
 from pyvision_kernels.ops.linear import run as run_linear
 
 
@@ -91,11 +94,15 @@ class Conv2dStep(Step):
         parameters = self.parameters
         weight, bias = parameters["weight"], parameters["bias"]
         scale, shift = (None, None) if self.norm is None else self.norm.get()
-        key = input.shape, input.dtype, CHOICE.key
-        decided = self.packs.get(weight, key, lambda: self._decide(input, weight))
+        key: Any = (input.shape, input.dtype, CHOICE.key)
+        if input.is_cuda:
+            key = key, state_of(input), residual is None
+            if TUNER.active:
+                return self._run(input, weight, bias, scale, shift, residual, channels_last)
+        decided = self.packs.get(weight, key, lambda: self._decide(input, weight, residual))
         if decided is not None and decided[0] == TORCH:
             return self._by_torch(input, residual, channels_last)
-        if decided is None or channels_last is None:
+        if decided is None or channels_last is None or is_triton(decided[0]):
             return self._run(input, weight, bias, scale, shift, residual, channels_last)
         kernel, packed = decided
         return self.operator(
@@ -113,9 +120,14 @@ class Conv2dStep(Step):
             kernel,
         )
 
-    def _decide(self, input: Tensor, weight: Tensor) -> tuple[int, Tensor | None]:
-        kernel = decide(input, weight, self.geometry, packed=True, alone=False)
-        return kernel, None if kernel == TORCH else self.pack_for(weight, kernel, input.dtype)
+    def _decide(self, input: Tensor, weight: Tensor, residual: Any) -> tuple[int, Tensor | None]:
+        fusion = ""
+        if input.is_cuda:
+            held = self.parameters["bias"], self.norm, self.norm, residual
+            fusion = fusion_of(*held, self.activation, self.pool)
+        kernel = decide(input, weight, self.geometry, packed=True, alone=False, fusion=fusion)
+        by_others = kernel == TORCH or is_triton(kernel)
+        return kernel, None if by_others else self.pack_for(weight, kernel, input.dtype)
 
     def pack_for(self, weight: Tensor, kernel: int, dtype: torch.dtype) -> Tensor | None:
         """The packed weight; None where none can be kept."""

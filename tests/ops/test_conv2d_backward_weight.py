@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from pyvision_kernels import _simt
 from pyvision_kernels.ops.conv2d.algorithm import DIRECT, TF32
-from pyvision_kernels.ops.conv2d.backward import backward_weight_op
+from pyvision_kernels.ops.conv2d.backward import backward_input_op, backward_weight_op
 from pyvision_kernels.ops.conv2d.geometry import Geometry
 from tests.conftest import SEEDS
 from tests.convolutions import in_layout, within_the_rule
@@ -134,3 +134,13 @@ def test_bad_input_raises_the_projects_words(g, x, message):
     geometry = Geometry.of(1, 0, 1, 2, "zeros", (3, 3))
     with pytest.raises(RuntimeError, match=message), _simt.emulated():
         backward_weight_op(torch.ones(g), torch.ones(x), geometry.numbers, [3, 3], False, DIRECT)
+
+
+def test_autocast_casts_the_tensors_of_both_gradients():
+    g, x, geometry, taps = _problem("vectors", torch.float32)
+    w = torch.randn(g.shape[1], x.shape[1], *taps)
+    with _simt.emulated(), torch.autocast("cpu", torch.bfloat16):
+        by_weight = backward_weight_op(g, x, geometry.numbers, taps, False, DIRECT)
+        by_input = backward_input_op(g, w, None, geometry.numbers, list(x.shape[2:]), 0, False, DIRECT)
+    assert by_weight.dtype == by_input.dtype == torch.bfloat16
+    assert torch.equal(by_weight, _ours(g.bfloat16(), x.bfloat16(), geometry, taps))

@@ -50,7 +50,7 @@ void run(LinearParams& p, const View& output, Stream stream) {
 namespace {
 
 Tensor forward_op(const Tensor& input, const Tensor& weight, OptionalTensor bias, const OptionalTensor& residual,
-                  const OptionalTensor& packed, int64_t activation) {
+                  const OptionalTensor& packed, int64_t activation, bool tf32) {
   constexpr const char* kOp = "linear";
   PVK_CHECK(input.dim() == 2, kOp, ": expected input to have 2 dimensions [M, C], but got ", shape_of(input));
   PVK_CHECK(!residual || residual->dim() == 2, kOp, ": expected residual to have 2 dimensions, but got ",
@@ -59,6 +59,7 @@ Tensor forward_op(const Tensor& input, const Tensor& weight, OptionalTensor bias
   Constants constants{weight, bias, packed};
   const View added = residual ? View(*residual) : View();
   LinearParams p = prepare(kOp, input, constants, residual ? &added : nullptr, activation, scope.stream());
+  p.tf32 = tf32;
   const Tensor output = empty({p.M, p.K}, input.scalar_type(), input);
   run(p, output, scope.stream());
   return output;

@@ -20,6 +20,7 @@ struct LinearParams {
   DType dtype;           // of input, weight, residual and output
   DType bias_dtype;      // dtype, or float32 beside a 16-bit dtype
   Activation activation;
+  bool tf32;  // CUDA: float32 on tensor cores, whose products have 10-bit fractions
   int64_t M, C, K;
   int64_t input_stride[2], weight_stride[2], residual_stride[2];
 };

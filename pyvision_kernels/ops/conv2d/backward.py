@@ -55,15 +55,10 @@ def _unbound(op: Any, tensors: int) -> Any:
     return batch
 
 
-def _cast(tensors: int) -> Any:
-    def cast(*args):
-        dtype = torch.get_autocast_dtype(args[0].device.type)
-        given = args[:tensors]
-        return *(
-            arg.to(dtype) if isinstance(arg, Tensor) and arg.dtype in FLOATING[:3] else arg for arg in given
-        ), *args[tensors:]
-
-    return cast
+def _cast(*args):
+    # As torch's convolutions: all in autocast's dtype, but float64.
+    dtype = torch.get_autocast_dtype(args[0].device.type)
+    return tuple(arg.to(dtype) if isinstance(arg, Tensor) and arg.dtype in FLOATING[:3] else arg for arg in args)
 
 
 # ---- with respect to the input ----

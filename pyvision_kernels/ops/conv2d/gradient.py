@@ -1,4 +1,4 @@
-"""The gradient of conv2d, in operators each of which is differentiable again: on CUDA ours, on the CPU PyTorch's."""
+"""The gradient of conv2d, in operators each of which is differentiable again: PyTorch's, on CUDA also ours."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyvision_kernels import _activation
-from pyvision_kernels._op import runs_cuda_kernels
-from pyvision_kernels.ops.conv2d.algorithm import DIRECT, TF32
-from pyvision_kernels.ops.conv2d.backward import backward_input_op, backward_weight_op, is_channels_last
+from pyvision_kernels._op import Emulation
+from pyvision_kernels.ops.conv2d import choice
+from pyvision_kernels.ops.conv2d.algorithm import TF32, TORCH, in_cuda_cpp
+from pyvision_kernels.ops.conv2d.backward import is_channels_last
 
 
 def _source_rows(mode: int, size: int, before: int, after: int, device: torch.device) -> Tensor:
@@ -41,18 +42,66 @@ def _unpad(grad: Tensor, input: Tensor, sides: list[int], mode: int) -> Tensor:
     return grad.new_zeros((*grad.shape[:3], width)).index_add(3, columns, grad)
 
 
-def _by_our_kernels(
-    grad: Tensor, input: Tensor, weight: Tensor, needs: tuple[bool, ...], numbers: list[int], kernel: int, ops: Any
-) -> tuple[Tensor | None, Tensor | None]:
-    to_input, to_weight = ops
-    kernel = TF32 if kernel == TF32 else DIRECT
-    by_input = by_weight = None
-    if needs[0]:
+def _convolution_backward(grad, input, weight, numbers, needs) -> tuple[Any, ...]:
+    left, right, top, bottom = numbers[2:6]
+    if (left, top) != (right, bottom):
+        raise NotImplementedError(f"expected the same padding on opposite sides, but got {numbers[2:6]}")
+    return torch.ops.aten.convolution_backward(
+        *(grad, input, weight, None, numbers[0:2], [top, left], numbers[6:8], False, [0, 0], numbers[8]),
+        [*needs, False],
+    )
+
+
+def _by(kernel: int, direction: str, grad: Tensor, input: Tensor, weight: Tensor, numbers: list[int]) -> Tensor:
+    """One gradient of a convolution with zero padding, by the kernel of a number."""
+    if direction == choice.INPUT:
+        if kernel == TORCH:
+            return _convolution_backward(grad, input, weight, numbers, (True, False))[0]
         size = list(input.shape[2:])
-        by_input = to_input(grad, weight, None, numbers, size, 0, is_channels_last(input), kernel)
-    if needs[1]:
-        taps = list(weight.shape[2:])
-        by_weight = to_weight(grad, input, numbers, taps, is_channels_last(weight), kernel)
+        return choice.backward_input(grad, weight, None, numbers, size, 0, is_channels_last(input), kernel)
+    if kernel == TORCH:
+        return _convolution_backward(grad, input, weight, numbers, (False, True))[1]
+    return choice.backward_weight(grad, input, numbers, list(weight.shape[2:]), is_channels_last(weight), kernel)
+
+
+def _gradients(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    needs: tuple[bool, ...],
+    numbers: list[int],
+    how: tuple[int, str],
+    ops: tuple[Any, Any] | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of input and weight, of a convolution with zero padding; the arguments as of `backward`."""
+    kernel, backend = how
+    if ops is not None:
+        by_input = by_weight = None
+        if needs[0]:
+            size = list(input.shape[2:])
+            by_input = ops[0](grad, weight, None, numbers, size, 0, is_channels_last(input), kernel)
+        if needs[1]:
+            taps = list(weight.shape[2:])
+            by_weight = ops[1](grad, input, numbers, taps, is_channels_last(weight), kernel)
+        return by_input, by_weight
+    tf32 = in_cuda_cpp(kernel) == TF32
+    last = is_channels_last(input) or is_channels_last(weight)
+
+    def choose(direction: str) -> int:
+        def by_kernel(kernel: int) -> Tensor:
+            return _by(kernel, direction, grad, input, weight, numbers)
+
+        sizes = input.shape, weight.shape
+        return choice.choose_gradient(direction, *sizes, grad, numbers, last, tf32, backend, by_kernel)
+
+    directions = choice.INPUT, choice.WEIGHT
+    kernels = [choose(direction) if need else None for direction, need in zip(directions, needs, strict=True)]
+    if kernels == [TORCH, TORCH]:
+        return _convolution_backward(grad, input, weight, numbers, (True, True))[:2]
+    by_input, by_weight = (
+        None if kernel is None else _by(kernel, direction, grad, input, weight, numbers)
+        for direction, kernel in zip(directions, kernels, strict=True)
+    )
     return by_input, by_weight
 
 
@@ -69,7 +118,7 @@ def backward(
     pool: bool,
     result: Tensor | None,
     convolve: Any,
-    kernel: int,
+    how: tuple[int, str],
     ops: tuple[Any, Any] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of input, weight, bias, scale, shift, residual.
@@ -81,8 +130,8 @@ def backward(
         numbers: Of the Geometry.
         result: Of the forward, where it was not pooled.
         convolve: (input, weight, bias) -> their convolution.
-        kernel: The algorithm of the forward.
-        ops: What computes the gradients of input and weight; None: the ops of backward.py on CUDA, else PyTorch.
+        how: The algorithm of the forward, and `pvk.backend` when it ran.
+        ops: What computes the gradients of input and weight; None: whatever is chosen for each.
     """
     input, weight, bias, scale, shift, _ = tensors
     assert input is not None
@@ -122,23 +171,13 @@ def backward(
     if needs[2] and bias is not None:
         grads[2] = grad.sum((0, 2, 3)).to(bias.dtype)
     if needs[0] or needs[1]:
-        if ops is None and runs_cuda_kernels(grad):
-            ops = backward_input_op, backward_weight_op
         left, right, top, bottom = sides
-        within = mode == 0 and (ops is not None or (left, top) == (right, bottom))
+        # PyTorch's gradients are of the same padding on opposite sides.
+        ours = ops is not None or Emulation.active or (grad.is_cuda and how[1] == "pvk")
+        within = mode == 0 and (ours or (left, top) == (right, bottom))
         source = input if within else _pad(input, sides, mode)
-        padding = [top, left] if within else [0, 0]
-        by_source: Tensor | None
-        by_weight: Tensor | None
-        if ops is not None:
-            sides = sides if within else [0, 0, 0, 0]
-            numbers_of_source = [*stride, *sides, *dilation, groups, 0]
-            by_source, by_weight = _by_our_kernels(grad, source, weight, needs, numbers_of_source, kernel, ops)
-        else:
-            by_source, by_weight, _ = torch.ops.aten.convolution_backward(
-                *(grad, source, weight, None, stride, padding, dilation, False, [0, 0], groups),
-                [needs[0], needs[1], False],
-            )
+        of_source = [*stride, *(sides if within else [0, 0, 0, 0]), *dilation, groups, 0]
+        by_source, by_weight = _gradients(grad, source, weight, needs[:2], of_source, how, ops)
         grads[0] = by_source if within or by_source is None else _unpad(by_source, input, numbers[2:6], mode)
         grads[1] = by_weight
     return tuple(grads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,10 +12,10 @@ from pyvision_kernels import _activation
 from pyvision_kernels._backend import CHOICE
 from pyvision_kernels._check import FLOATING, require
 from pyvision_kernels._op import declare
-from pyvision_kernels.ops.conv2d import algorithm, gradient, reference
+from pyvision_kernels._tuner import TUNER
+from pyvision_kernels.ops.conv2d import algorithm, choice, gradient, reference
+from pyvision_kernels.ops.conv2d.algorithm import TORCH
 from pyvision_kernels.ops.conv2d.geometry import Geometry
-
-TORCH = -1  # beside the numbers of algorithm.py: PyTorch's kernels
 
 
 class Packs(Protocol):
@@ -89,6 +89,7 @@ def _format(channels_last: bool) -> torch.memory_format:
 def _setup(ctx, inputs, output):
     *tensors, _ = inputs[:7]
     ctx.options = inputs[7:]
+    ctx.backend = CHOICE.backend
     _, activation, pool, _, _ = ctx.options
     by_result = activation != 0 and not _activation.needs_input(activation) and not pool
     ctx.save_for_backward(*tensors, output if by_result else None)
@@ -99,10 +100,12 @@ def _backward(ctx, grad):
     numbers, activation, pool, channels_last, kernel = ctx.options
 
     def convolve(input, weight, bias):
-        return conv2d_op(input, weight, bias, *(None,) * 4, numbers, 0, False, channels_last, kernel)
+        again = algorithm.in_cuda_cpp(kernel) if input.is_cuda else kernel
+        return conv2d_op(input, weight, bias, *(None,) * 4, numbers, 0, False, channels_last, again)
 
     needs = tuple(ctx.needs_input_grad[:6])
-    grads = gradient.backward(grad, needs, tuple(tensors), numbers, activation, pool, result, convolve, kernel)
+    how = kernel, ctx.backend
+    grads = gradient.backward(grad, needs, tuple(tensors), numbers, activation, pool, result, convolve, how)
     return *grads, *(None,) * (1 + len(ctx.options))
 
 
@@ -151,35 +154,39 @@ conv2d_pack_op = declare(
 _MOST_DECIDED = 4096  # sizes of inputs of a Geometry
 
 
-def decide(input: Tensor, weight: Tensor, geometry: Geometry, packed: bool, alone: bool) -> int:
+def decide(input: Tensor, weight: Tensor, geometry: Geometry, packed: bool, alone: bool, fusion: str = "") -> int:
     """The number of the algorithm for these inputs, or TORCH.
 
     Args:
         packed: The packed weight is kept between calls.
         alone: See `algorithm.Problem`.
+        fusion: See `choice.fusion_of`; of CUDA alone.
     """
+    problem = problem_of(input, weight, geometry, alone)
+    tf32 = choice.precision_of(problem.dtype, problem.device)
+    return choice.choose(problem, packed, fusion=fusion, tf32=tf32, gpu=choice.gpu_of(input))
+
+
+def problem_of(input: Tensor, weight: Tensor, geometry: Geometry, alone: bool) -> algorithm.Problem:
     require(weight.dim() == 4, "conv2d", "weight to have 4 dimensions [K, C / groups, R, S]", weight.shape)
     require(input.dim() == 4, "conv2d", "input to have 4 dimensions [N, C, H, W]", input.shape)
     flows = flows_channels_last(input, weight)
-    return decide_for(input.shape, input.dtype, input.device.type, flows, weight, geometry, packed, alone)
+    return _problem(input.shape, input.dtype, input.device.type, flows, weight, geometry, alone)
 
 
-def decide_for(
+def _problem(
     size: Sequence[int],
     dtype: torch.dtype,
     device: str,
     channels_last: bool,
     weight: Tensor,
     geometry: Geometry,
-    packed: bool,
     alone: bool,
-) -> int:
-    """decide, of an input that is not there yet: its size, dtype, type of device, and layout."""
-    mode, strict = CHOICE.key
+) -> algorithm.Problem:
     images, channels, height, width = size
     rows, columns = geometry.output_size((height, width), weight.shape[2:])
     outputs, _, *taps = weight.shape
-    problem = algorithm.Problem(
+    return algorithm.Problem(
         *(images, channels, height, width),
         *(outputs, taps[0], taps[1], rows, columns),
         geometry.stride,
@@ -189,10 +196,23 @@ def decide_for(
         device,
         channels_last,
         alone,
+        geometry.padding_mode,
     )
-    if mode == "torch" or (mode == "auto" and algorithm.torch_is_faster(problem, packed)):
-        return TORCH
-    return algorithm.ours(problem, strict, packed)
+
+
+def decide_on_cpu(
+    size: Sequence[int], dtype: torch.dtype, channels_last: bool, weight: Tensor, geometry: Geometry
+) -> int:
+    """decide, of a layer of a fused model whose input is not there yet."""
+    problem = _problem(size, dtype, "cpu", channels_last, weight, geometry, alone=False)
+    return choice.choose(problem, packed=True)
+
+
+def state_of(input: Tensor) -> Any:
+    """What a decision depends on beside the call itself; a part of every key of what is remembered."""
+    if input.is_cuda and input.dtype is torch.float32:
+        return CHOICE.key, algorithm.convolution_allows_tf32()
+    return CHOICE.key
 
 
 def flows_channels_last(input: Tensor, weight: Tensor) -> bool:
@@ -229,29 +249,46 @@ def run(
         fused: It is a layer of a fused model.
         Others: as of conv2d; input is [N, C, H, W].
     """
-    alone = not (fused or pool) and scale is None and shift is None and residual is None and activation is None
-    if torch.compiler.is_compiling():
-        kernel = decide(input, weight, geometry, packs is not None, alone)
-    else:
-        how = CHOICE.key, packs is None, alone
-        key = (input.shape, input.stride(), weight.shape, weight.stride(), input.dtype, input.device.type, how)
-        try:
-            kernel = geometry.plans[key]
-        except KeyError:
-            if len(geometry.plans) > _MOST_DECIDED:
-                geometry.plans.clear()
-            kernel = geometry.plans[key] = decide(input, weight, geometry, packs is not None, alone)
+    kernel = None
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        # What is fused, by what is absent: the same for every call of a layer.
+        how = bias is None, scale is None, shift is None, residual is None, activation, pool, packs is None, fused
+        key = input.shape, input.stride(), weight.shape, weight.stride(), input.dtype, input.device, how
+        kernel = geometry.plans.get((key, state_of(input)))
     if channels_last is None:
         channels_last = flows_channels_last(input, weight)
+    if kernel is None:
+        alone = not (fused or pool) and scale is None and shift is None and residual is None and activation is None
+        fusion = choice.fusion_of(bias, scale, shift, residual, activation, pool) if input.is_cuda else ""
+        if not compiling and TUNER.wants(input):
+            problem = problem_of(input, weight, geometry, alone)
+            tf32, gpu = choice.precision_of(problem.dtype, problem.device), choice.gpu_of(input)
+
+            def by_kernel(kernel: int) -> Tensor:
+                return _by(kernel, input, weight, bias, geometry, scale, shift, residual, activation, pool, packs, last)
+
+            last = channels_last
+            choice.measure(problem, choice.FORWARD, fusion, tf32, gpu, by_kernel)
+        kernel = decide(input, weight, geometry, packs is not None, alone, fusion)
+        if not compiling and (TUNER.wants(input) or not TUNER.active):
+            if len(geometry.plans) > _MOST_DECIDED:
+                geometry.plans.clear()
+            geometry.plans[key, state_of(input)] = kernel
+    return _by(kernel, input, weight, bias, geometry, scale, shift, residual, activation, pool, packs, channels_last)
+
+
+def _by(kernel, input, weight, bias, geometry, scale, shift, residual, activation, pool, packs, channels_last):
+    """The call by the kernel of a number."""
     if kernel == TORCH:
         return _by_torch(input, weight, bias, geometry, scale, shift, residual, activation, pool, channels_last)
+    options = geometry.numbers, _activation.NUMBERS[activation], pool, channels_last, kernel
+    if algorithm.is_triton(kernel):
+        return choice.forward(input, weight, bias, scale, shift, residual, *options)
     packed = None
     if packs is not None:
         packed = packs.get(weight, (kernel, input.dtype), lambda: pack(weight, geometry, kernel))
-    number = _activation.NUMBERS[activation]
-    return conv2d_op(
-        input, weight, bias, scale, shift, residual, packed, geometry.numbers, number, pool, channels_last, kernel
-    )
+    return conv2d_op(input, weight, bias, scale, shift, residual, packed, *options)
 
 
 def pack(weight: Tensor, geometry: Geometry, kernel: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyvision_kernels import _activation
+from pyvision_kernels._backend import CHOICE
 from pyvision_kernels._check import FLOATING, require
 from pyvision_kernels._op import Op, declare
 from pyvision_kernels.ops.conv2d import backward, gradient, operator, triton_launch, triton_run
@@ -122,6 +123,7 @@ def _forward(
 def _setup(ctx, inputs, output):
     *tensors, _ = inputs[:7]
     ctx.options = inputs[6:]
+    ctx.backend = CHOICE.backend
     _, activation, pool, *_ = ctx.options
     by_result = activation != 0 and not _activation.needs_input(activation) and not pool
     ctx.save_for_backward(*tensors, output if by_result else None)
@@ -137,8 +139,9 @@ def _backward(ctx, grad):
         return conv2d_triton_op(input, weight, bias, *(None,) * 3, numbers, 0, False, channels_last, by, None)
 
     needs = tuple(ctx.needs_input_grad[:6])
-    ours = _backward_input, _backward_weight
-    grads = gradient.backward(grad, needs, tuple(tensors), numbers, activation, pool, result, convolve, kernel, ours)
+    how = kernel, ctx.backend
+    ours = None if grad.is_cuda else (_backward_input, _backward_weight)  # interpreted: there is nothing to choose
+    grads = gradient.backward(grad, needs, tuple(tensors), numbers, activation, pool, result, convolve, how, ours)
     return *grads, *(None,) * len(ctx.options)
 
 
@@ -227,7 +230,7 @@ backward_input_triton_op: Op = declare(
     implementation=_by_input,
     setup_context=backward._setup_input,
     backward=_backward_of_input,
-    autocast=backward._cast(3),
+    autocast=backward._cast,
     vmap=backward._unbound(lambda: backward_input_triton_op, 3),
 )
 
@@ -270,7 +273,7 @@ backward_weight_triton_op: Op = declare(
     implementation=_by_weight,
     setup_context=backward._setup_weight,
     backward=_backward_of_weight,
-    autocast=backward._cast(2),
+    autocast=backward._cast,
     vmap=backward._unbound(lambda: backward_weight_triton_op, 2),
 )
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pyvision_kernels import _activation, _backend
 from pyvision_kernels._check import autocasts, require, require_tensors
 from pyvision_kernels._op import runs_cuda_kernels
-from pyvision_kernels.ops.conv2d import algorithm
+from pyvision_kernels.ops.conv2d import algorithm, choice
 from pyvision_kernels.ops.conv2d.backward import backward_input_op
 from pyvision_kernels.ops.conv2d.geometry import Geometry, Padding, as_pair
 from pyvision_kernels.ops.conv2d.operator import flows_channels_last, run
@@ -79,8 +78,9 @@ def conv_transpose2d(
 ) -> Tensor:
     """Transposed convolution: the gradient of conv2d with respect to its input.
 
-    Matches `torch.nn.functional.conv_transpose2d`. Our kernel convolves the input, its pixels spread by the stride,
-    with the flipped weight; with ``pvk.backend("auto")`` a stride above 1 goes to PyTorch, which skips the zeros.
+    Matches `torch.nn.functional.conv_transpose2d`. On the CPU our kernel convolves the input, its pixels spread by the
+    stride, with the flipped weight; with ``pvk.backend("auto")`` a stride above 1 goes to PyTorch, which skips the
+    zeros. On CUDA it is the kernel of the gradient.
 
     Args:
         input (Tensor[N, C, H, W] or [C, H, W]): As of `conv2d`.
@@ -125,15 +125,12 @@ def conv_transpose2d(
     require(weight.shape[2] > 0 and weight.shape[3] > 0, op, "weight to have at least one tap", weight.shape)
     for more, step, spread in zip(extra, stride, dilation, strict=True):
         require(more < max(step, spread), op, "output_padding to be below stride or dilation", extra)
-    if (
-        autocasts(input)
-        or _backend.CHOICE.backend == "torch"
-        or (_backend.CHOICE.backend == "auto" and (stride != (1, 1) or input.is_cuda))
-    ):
-        out = F.conv_transpose2d(input, weight, bias, stride, padding, extra, groups, dilation)
-        return _activation.apply(_activation.number_of(op, activation), out)
+    options = stride, padding, extra, groups, dilation, activation
+    mode = _backend.CHOICE.backend
+    if autocasts(input) or mode == "torch" or (mode == "auto" and stride != (1, 1) and not runs_cuda_kernels(input)):
+        return _by_torch(input, weight, bias, *options)
     if runs_cuda_kernels(input):
-        return _transpose(input, weight, bias, stride, padding, extra, groups, dilation, activation)
+        return _by_gradient(input, weight, bias, *options)
     # What the reach of the weight leaves at each end, a negative number where it is cut off.
     reach = [spread * (taps - 1) for spread, taps in zip(dilation, weight.shape[2:], strict=True)]
     before = [whole - cut for whole, cut in zip(reach, padding, strict=True)]
@@ -148,8 +145,14 @@ def conv_transpose2d(
     return run(spread_map, _flipped(weight, groups), bias, geometry, activation=activation)
 
 
-def _transpose(input, weight, bias, stride, padding, extra, groups, dilation, activation) -> Tensor:
-    """By the kernel of the gradient of the convolution that this one is the transpose of."""
+def _by_torch(input, weight, bias, stride, padding, extra, groups, dilation, activation) -> Tensor:
+    out = F.conv_transpose2d(input, weight, bias, stride, padding, extra, groups, dilation)
+    return _activation.apply(_activation.NUMBERS[activation], out)
+
+
+def _by_gradient(input, weight, bias, stride, padding, extra, groups, dilation, activation) -> Tensor:
+    """By a kernel of the gradient of the convolution that this one is the transpose of."""
+    given = input, weight, bias, stride, padding, extra, groups, dilation, activation
     size = [
         (length - 1) * step - 2 * cut + spread * (taps - 1) + more + 1
         for length, step, cut, spread, taps, more in zip(
@@ -162,10 +165,26 @@ def _transpose(input, weight, bias, stride, padding, extra, groups, dilation, ac
         input = F.pad(input, (0, beyond[1], 0, beyond[0]))
     rows, columns = padding
     numbers = [*stride, columns, columns, rows, rows, *dilation, groups, 0]
-    tf32 = input.is_cuda and input.dtype == torch.float32 and algorithm.allows_tf32()
-    kernel = algorithm.TF32 if tf32 else algorithm.DIRECT
     number, last = _activation.NUMBERS[activation], flows_channels_last(input, weight)
-    return backward_input_op(input, weight, bias, numbers, size, number, last, kernel)
+
+    def by_kernel(kernel: int) -> Tensor:
+        if kernel == algorithm.TORCH:
+            return _by_torch(*given)
+        return backward_input_op(input, weight, bias, numbers, size, number, last, kernel)
+
+    kernel = choice.choose_gradient(
+        choice.INPUT,
+        (input.shape[0], weight.shape[1] * groups, *size),
+        weight.shape,
+        input,
+        numbers,
+        last,
+        choice.precision_of(input.dtype, input.device.type),
+        _backend.CHOICE.backend,
+        by_kernel,
+        choice.fusion_of(bias, None, None, None, activation, pool=False),
+    )
+    return by_kernel(kernel)
 
 
 def _spread(input: Tensor, stride: tuple[int, int]) -> Tensor:
