@@ -18,7 +18,7 @@ import torch
 from setup import NVCC_FLAGS, ROOT, build_folder, find_nvcc
 
 HERE = Path(__file__).parent
-ON_GPU = ("right.cu", "intrinsics.cu")
+ON_GPU = ("right.cu", "intrinsics.cu", "tiles.cu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -123,6 +123,16 @@ def mma_tile_case(dtype: torch.dtype, whole_numbers: bool):
     return [a, b, c, DTYPES[dtype]], c, want, 0.0 if whole_numbers else 1e-5
 
 
+def fma_tile_case(dtype: torch.dtype, a_by_k: bool, b_by_k: bool):
+    """Sums in the order of k, each rounded once: with few bits in the factors, a loop gives the same bits."""
+    k = 48
+    a, b, out = torch.randn(64, k).half().to(dtype), torch.randn(k, 32).half().to(dtype), nans(64, 32, dtype=dtype)
+    want = torch.zeros(64, 32, dtype=dtype)
+    for step in range(k):  # products are exact
+        want = (want.double() + a[:, step : step + 1].double() * b[step : step + 1].double()).to(dtype)
+    return [a, b, out, k, int(a_by_k), int(b_by_k), int(dtype == torch.float64)], out, want.double(), 0.0
+
+
 def ldmatrix_case(count: int, transposed: bool):
     matrices = torch.randint(-(2**15), 2**15, (count, 8, 8), dtype=torch.int16)
     out = torch.zeros(32, count, 2, dtype=torch.int16)  # the low and the high half of each register
@@ -197,6 +207,14 @@ RIGHT: dict[str, Callable[[], tuple[list[torch.Tensor | int], torch.Tensor, torc
     "mma_tile of bfloat16, random": lambda: mma_tile_case(torch.bfloat16, False),
     "mma_tile of float": lambda: mma_tile_case(torch.float32, True),
     "mma_tile of float, random": lambda: mma_tile_case(torch.float32, False),
+    **{
+        f"fma_tile of {'double' if dtype == torch.float64 else 'float'}{', A by k' * a}{', B by k' * b}": (
+            lambda dtype=dtype, a=a, b=b: fma_tile_case(dtype, a, b)
+        )
+        for dtype in (torch.float32, torch.float64)
+        for a in (False, True)
+        for b in (False, True)
+    },
     **{
         f"ldmatrix x{count}{', transposed' if transposed else ''}": lambda count=count, transposed=transposed: (
             ldmatrix_case(count, transposed)
