@@ -40,4 +40,29 @@ PVK_DEVICE T activate(Activation activation, T x) {
   return x;
 }
 
+// Of N values: the choice is made once.
+template <int N, typename T>
+PVK_DEVICE void activate_all(Activation activation, T (&x)[N]) {
+  const auto each = [&](Activation known) __attribute__((always_inline)) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = activate(known, x[i]);
+  };
+  switch (activation) {
+    case Activation::kNone:
+      return;
+    case Activation::kRelu:
+      return each(Activation::kRelu);
+    case Activation::kRelu6:
+      return each(Activation::kRelu6);
+    case Activation::kHardswish:
+      return each(Activation::kHardswish);
+    case Activation::kSilu:
+      return each(Activation::kSilu);
+    case Activation::kGelu:
+      return each(Activation::kGelu);
+    case Activation::kSigmoid:
+      return each(Activation::kSigmoid);
+  }
+}
+
 }  // namespace pvk

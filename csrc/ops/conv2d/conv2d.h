@@ -64,8 +64,7 @@ void pack(const PackParams& params, Stream stream);
 
 // ---- CUDA alone ----
 
-// How much workspace the kernels want; all fields but pointers that are written are filled in. Of a float64 call, and
-// of what needs none, 0.
+// How much workspace the kernels want; all fields but pointers that are written are filled in.
 int64_t workspace_bytes(const Conv2dParams& params);
 
 // The gradient of a convolution with zero padding with respect to its input, which is the transposed convolution. The
