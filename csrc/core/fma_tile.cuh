@@ -1,5 +1,6 @@
 // A block's tile of C += A B by fused multiply-adds: A [M, K] and B [K, N] are read from shared memory, C stays in
-// registers. For float32, each product exact and each sum rounded once, and for double. Every sum is in the order of k.
+// registers. For float32, each product exact and each sum rounded once, and for double. A float32 sum adds up those of
+// each DEPTH along k, in their order; a double one runs along k.
 //
 // An operand lies in shared memory either by k (each row of A, or column of B, is contiguous along k), or not (each k
 // has all rows of A, or columns of B, in a row). Vectors of 16 bytes along the contiguous dimension stay together.
@@ -50,34 +51,16 @@ struct FmaTile {
 
   // C += A B over the DEPTH of both.
   PVK_DEVICE void multiply(const T* a, const T* b, int thread) {
-    constexpr int kStep = A_BY_K || B_BY_K ? kVec : 1;
-    const int row = thread / kColumnThreads, column = thread % kColumnThreads;
-#pragma unroll(DEPTH / kStep > 8 ? 2 : DEPTH / kStep)
-    for (int k = 0; k < DEPTH; k += kStep) {
-      T x[kStep][TM];
-      load<A, TM, kRowThreads>(x, a, row, k);
-      if constexpr (B_BY_K) {  // a column at a time: fewer registers
+    if constexpr (sizeof(T) == 4) {  // a sum of DEPTH products is exact to fewer roundings than one of all of k
+      T part[TM][TN] = {};
+      add_product(part, a, b, thread);
 #pragma unroll
-        for (int j = 0; j < TN; ++j) {
-          const auto y = vector_at(b + B::at(column + j * kColumnThreads, k));
+      for (int i = 0; i < TM; ++i) {
 #pragma unroll
-          for (int s = 0; s < kStep; ++s) {
-#pragma unroll
-            for (int i = 0; i < TM; ++i) sums[i][j] = fma(x[s][i], y.data[s], sums[i][j]);
-          }
-        }
-      } else {
-#pragma unroll
-        for (int s = 0; s < kStep; ++s) {
-          T y[1][TN];
-          load<B, TN, kColumnThreads>(y, b, column, k + s);
-#pragma unroll
-          for (int i = 0; i < TM; ++i) {
-#pragma unroll
-            for (int j = 0; j < TN; ++j) sums[i][j] = fma(x[s][i], y[0][j], sums[i][j]);
-          }
-        }
+        for (int j = 0; j < TN; ++j) sums[i][j] += part[i][j];
       }
+    } else {
+      add_product(sums, a, b, thread);
     }
   }
 
@@ -98,6 +81,38 @@ struct FmaTile {
   }
 
  private:
+  PVK_DEVICE static void add_product(T (&to)[TM][TN], const T* a, const T* b, int thread) {
+    constexpr int kStep = A_BY_K || B_BY_K ? kVec : 1;
+    const int row = thread / kColumnThreads, column = thread % kColumnThreads;
+#pragma unroll(DEPTH / kStep > 8 ? 2 : DEPTH / kStep)
+    for (int k = 0; k < DEPTH; k += kStep) {
+      T x[kStep][TM];
+      load<A, TM, kRowThreads>(x, a, row, k);
+      if constexpr (B_BY_K) {  // a column at a time: fewer registers
+#pragma unroll
+        for (int j = 0; j < TN; ++j) {
+          const auto y = vector_at(b + B::at(column + j * kColumnThreads, k));
+#pragma unroll
+          for (int s = 0; s < kStep; ++s) {
+#pragma unroll
+            for (int i = 0; i < TM; ++i) to[i][j] = fma(x[s][i], y.data[s], to[i][j]);
+          }
+        }
+      } else {
+#pragma unroll
+        for (int s = 0; s < kStep; ++s) {
+          T y[1][TN];
+          load<B, TN, kColumnThreads>(y, b, column, k + s);
+#pragma unroll
+          for (int i = 0; i < TM; ++i) {
+#pragma unroll
+            for (int j = 0; j < TN; ++j) to[i][j] = fma(x[s][i], y[0][j], to[i][j]);
+          }
+        }
+      }
+    }
+  }
+
   PVK_DEVICE static VecN<T, kVec> vector_at(const T* shared) { return *reinterpret_cast<const VecN<T, kVec>*>(shared); }
 
   // The row (or column) of the thread's i-th element: by k, lanes take neighbouring rows, which lie in different banks;

@@ -60,6 +60,14 @@ inline const void* packed_data(const char* op, const Tensor& packed, const View&
   return bytes > 0 ? data_of(packed) : nullptr;
 }
 
+// What the kernels of an op on CUDA want beside its tensors; kept by the caller until they are queued.
+template <typename Params>
+Tensor workspace_of(Params& p, const Tensor& like) {
+  const Tensor workspace = empty({workspace_bytes(p)}, ScalarType::Byte, like);
+  p.workspace = workspace.numel() > 0 ? data_of(workspace) : nullptr;
+  return workspace;
+}
+
 inline const void* data_of(const OptionalTensor& tensor) {
   return tensor ? data_of(*tensor) : nullptr;
 }

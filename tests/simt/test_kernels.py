@@ -124,12 +124,15 @@ def mma_tile_case(dtype: torch.dtype, whole_numbers: bool):
 
 
 def fma_tile_case(dtype: torch.dtype, a_by_k: bool, b_by_k: bool):
-    """Sums in the order of k, each rounded once: with few bits in the factors, a loop gives the same bits."""
-    k = 48
+    """Sums in the tile's order, each rounded once: with few bits in the factors, a loop gives the same bits."""
+    k, depth = 48, 16 if dtype == torch.float32 else 48  # of a sum, which is added to the others'
     a, b, out = torch.randn(64, k).half().to(dtype), torch.randn(k, 32).half().to(dtype), nans(64, 32, dtype=dtype)
     want = torch.zeros(64, 32, dtype=dtype)
-    for step in range(k):  # products are exact
-        want = (want.double() + a[:, step : step + 1].double() * b[step : step + 1].double()).to(dtype)
+    for first in range(0, k, depth):
+        part = torch.zeros_like(want)
+        for step in range(first, first + depth):  # products are exact
+            part = (part.double() + a[:, step : step + 1].double() * b[step : step + 1].double()).to(dtype)
+        want += part
     return [a, b, out, k, int(a_by_k), int(b_by_k), int(dtype == torch.float64)], out, want.double(), 0.0
 
 

@@ -94,7 +94,7 @@ struct WeightCursor {
 // pixels, an element at a time, through registers. Sums in float32 (float64) in the order of pixels, by tensor cores or
 // fused multiply-adds. A part's tile goes to the workspace [part, K, N]; where there is one part, to the result.
 template <typename Tile, int BLOCK_M, int BLOCK_N, int STAGES, bool GATHER_A, bool GATHER_B>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads == 128 ? 2 : 1)
     conv2d_backward_weight_kernel(const BackwardWeightParams p, const WeightPlan plan) {
   using scalar_t = typename Tile::Element;
   using Sum = typename Tile::Sum;

@@ -154,14 +154,6 @@ void run(Conv2dParams& p, const View& output, Stream stream) {
 #if defined(PVK_CUDA) || defined(PVK_SIMT)
 namespace {
 
-// Kept by the caller until the kernels are queued.
-template <typename Params>
-Tensor workspace_of(Params& p, const Tensor& like) {
-  const Tensor workspace = empty({workspace_bytes(p)}, ScalarType::Byte, like);
-  p.workspace = workspace.numel() > 0 ? data_of(workspace) : nullptr;
-  return workspace;
-}
-
 void check_gradient(const char* op, const Tensor& grad_output, const Geometry& g) {
   PVK_CHECK(grad_output.dim() == 4, op, ": expected grad_output to have 4 dimensions [N, K, OH, OW], but got ",
             shape_of(grad_output));

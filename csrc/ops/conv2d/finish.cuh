@@ -62,8 +62,7 @@ PVK_DEVICE void place_rows(FinishTile<Sum, BLOCK_M, BLOCK_N>& tile, const Gather
 
 // After a barrier that follows place_rows and the sums.
 template <typename scalar_t, typename Sum, int BLOCK_M, int BLOCK_N, int THREADS>
-PVK_DEVICE void finish(const FinishTile<Sum, BLOCK_M, BLOCK_N>& tile, const GatherGemm& p,
-                       int64_t column0) {
+PVK_DEVICE void finish(const FinishTile<Sum, BLOCK_M, BLOCK_N>& tile, const GatherGemm& p, int64_t column0) {
   constexpr int kRun = kVec16<scalar_t>, kRuns = BLOCK_N / kRun;
   const bool last = p.output_stride[1] == 1;
   const bool vectors = multiples_of(p.output_stride, kRun) && p.outputs % kRun == 0 && is_aligned16(p.output);

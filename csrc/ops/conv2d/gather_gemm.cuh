@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(Policy::Tile::kThreads, Policy::kMinBlocks)
 
 // A block owns a tile of the result, whose parts it adds in their order.
 template <typename scalar_t, typename Sum, int BLOCK_M, int BLOCK_N, int THREADS>
-__global__ void __launch_bounds__(THREADS) gather_gemm_sum_kernel(const GatherGemm p, const Plan plan) {
+__global__ void __launch_bounds__(THREADS, 2) gather_gemm_sum_kernel(const GatherGemm p, const Plan plan) {
   using Finish = FinishTile<Sum, BLOCK_M, BLOCK_N>;
   constexpr int kElements = BLOCK_M * BLOCK_N;
   SIMT_DYN_SHARED(unsigned char, shared);
@@ -236,11 +236,11 @@ void run_mma(const GatherGemm& p, const Plan& plan, Stream stream) {
     case TileSize::k64x64:
       return run_policy<MmaPolicy<scalar_t, 64, 64, 32, 32, 4>>(p, plan, stream);
     case TileSize::k128x32:
-      return run_policy<MmaPolicy<scalar_t, 128, 32, 32, 32, 4>>(p, plan, stream);
+      return run_policy<MmaPolicy<scalar_t, 128, 32, 32, 32, 3>>(p, plan, stream);
     case TileSize::k128x64:
-      return run_policy<MmaPolicy<scalar_t, 128, 64, 64, 32, 3>>(p, plan, stream);
+      return run_policy<MmaPolicy<scalar_t, 128, 64, 64, 32, 2>>(p, plan, stream);
     case TileSize::k128x128:
-      return run_policy<MmaPolicy<scalar_t, 128, 128, 64, 32, 2>>(p, plan, stream);
+      return run_policy<MmaPolicy<scalar_t, 128, 128, 64, 32, 1>>(p, plan, stream);
   }
 }
 

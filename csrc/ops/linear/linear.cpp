@@ -61,6 +61,9 @@ Tensor forward_op(const Tensor& input, const Tensor& weight, OptionalTensor bias
   LinearParams p = prepare(kOp, input, constants, residual ? &added : nullptr, activation, scope.stream());
   p.tf32 = tf32;
   const Tensor output = empty({p.M, p.K}, input.scalar_type(), input);
+#if defined(PVK_CUDA) || defined(PVK_SIMT)
+  const Tensor workspace = workspace_of(p, input);
+#endif
   run(p, output, scope.stream());
   return output;
 }

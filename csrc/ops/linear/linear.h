@@ -23,6 +23,7 @@ struct LinearParams {
   bool tf32;  // CUDA: float32 on tensor cores, whose products have 10-bit fractions
   int64_t M, C, K;
   int64_t input_stride[2], weight_stride[2], residual_stride[2];
+  void* workspace;  // CUDA: of workspace_bytes(), aligned to 16; else null
 };
 
 // Backend interface. pack() writes packed_bytes() bytes; it reads the fields of the weight alone (M does not matter).
@@ -34,5 +35,8 @@ struct PackParams : LinearParams {
   void* target;
 };
 void pack(const PackParams& params, Stream stream);
+
+// CUDA alone: how much workspace the kernels want; all fields but `output` are filled in.
+int64_t workspace_bytes(const LinearParams& params);
 
 }  // namespace pvk::linear
