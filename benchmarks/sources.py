@@ -33,9 +33,10 @@ CORE = "core"
 
 
 def kernel_sources(op: str, device: str) -> list[Path]:
-    """The op's own files and the headers that its kernels may include, on "cpu" or "cuda"."""
+    """The op's own files and the headers that its kernels may include, on "cpu" or "cuda"; there Triton's too."""
     folder = ROOT / "tests" / "simt" if op == CORE else ROOT / "csrc" / "ops" / op
     own = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    in_triton = (ROOT / "pyvision_kernels" / "ops" / op).glob("triton*.py") if device == "cuda" else ()
     found = {path for path in (ROOT / "csrc" / "core").iterdir() if path.suffix in (".h", ".cuh")}
     left = own
     while left:  # headers of other ops too
@@ -43,7 +44,7 @@ def kernel_sources(op: str, device: str) -> list[Path]:
         if path not in found:
             found.add(path)
             left += [ROOT / "csrc" / name for name in re.findall(r'#include "(ops/[^"]+)"', path.read_text())]
-    return sorted(path for path in found if device == "cpu" or not is_cpu_only(path))
+    return sorted([*in_triton, *(path for path in found if device == "cpu" or not is_cpu_only(path))])
 
 
 def files_below(*folders: str) -> list[Path]:
