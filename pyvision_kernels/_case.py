@@ -83,7 +83,7 @@ class OpCases:
         reference: The same in readable PyTorch, given float64 (exact ops: given the dtype that the op computes in).
         peer: The fastest other implementation, in its dtype; raises where it has none.
         operators: Names of the dispatcher's operators that it runs: of the forward, of the backward.
-        cuda_operator: That of the forward on CUDA, where it is another.
+        cuda_operators: Those on CUDA, where they are others.
         tiny: Inputs so small that a call is nothing but its overhead.
         flops, bytes: Of a forward on given inputs and output: the least that must be computed and moved.
         differentiable: Arguments that have gradients.
@@ -113,12 +113,12 @@ class OpCases:
     layouts: tuple[str, ...] = LAYOUTS
     in_eval: Callable[[Inputs], Callable[[], Any]] | None = None
     peer_is_native: bool = False
-    cuda_operator: str = ""
+    cuda_operators: tuple[str, ...] = ()
     family: str = ""
 
-    def operator(self, on_cuda: bool) -> str:
-        """The dispatcher's operator of the forward."""
-        return (on_cuda and self.cuda_operator) or self.operators[0]
+    def operators_on(self, cuda: bool) -> tuple[str, ...]:
+        """Of the forward, of the backward; alone the first, where the gradient is PyTorch's."""
+        return (cuda and self.cuda_operators) or self.operators
 
     def peer_is_installed(self) -> bool:
         return importlib.util.find_spec(self.peer_package) is not None

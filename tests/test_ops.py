@@ -47,7 +47,7 @@ def test_opcheck(spec, device):
     for case in spec.tests()[1 : 5 if _has_its_own_operator(spec) else 2]:
         for layout in spec.layouts:
             inputs = case.inputs(torch.float32, device, layout)
-            operator = spec.operator(device == "cuda" or Emulation.active)
+            operator = spec.operators_on(device == "cuda" or Emulation.active)[0]
             with _Record(operator) as calls:
                 spec.op(**spec.with_leaves(inputs)[0])
             torch.library.opcheck(REGISTRY[operator].overload, calls[0])
@@ -59,7 +59,8 @@ def test_runs_our_operator_and_not_torchvisions(spec, device):
     with torch.profiler.profile(acc_events=True) as profile:
         spec.op(**inputs)
     names = {event.key for event in profile.key_averages()}
-    assert REGISTRY[spec.operator(device == "cuda" or Emulation.active)].overload.name() in names
+    operator = spec.operators_on(device == "cuda" or Emulation.active)[0]
+    assert REGISTRY[operator].overload.name() in names
     assert not [name for name in names if name.startswith("torchvision::")]
 
 

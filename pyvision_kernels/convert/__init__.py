@@ -14,6 +14,7 @@ from torch import nn
 
 from pyvision_kernels.convert.fuse import fuse as fuse_model
 from pyvision_kernels.convert.fuse import is_fused, own_class, plan_in_eval_mode, unfuse
+from pyvision_kernels.convert.graphs import graph, ungraph, without_graph
 from pyvision_kernels.convert.table import TABLE, qualified_name, replacement_of, stock_of
 from pyvision_kernels.convert.trace import EXCLUDED
 
@@ -33,6 +34,7 @@ def convert(
     include: Iterable[Choice] | None = None,
     exclude: Iterable[Choice] | None = None,
     fuse: bool = False,
+    cuda_graph: bool = False,
 ) -> nn.Module:
     """Replaces the layers of a model that have a counterpart with our kernels, in place.
 
@@ -51,6 +53,9 @@ def convert(
         exclude (iterable of str or class): Not these, even where included. Default: none.
         fuse (bool): In eval mode and without gradients, compute batch norm, activation, residual addition and 2 x 2 max
             pooling in the pass of the convolution (or linear layer) before them. Default: False.
+        cuda_graph (bool): In eval mode and without gradients, capture the launches of a call of the model for each
+            size, dtype, layout and device of its arguments, and replay them. Arguments are copied in, results out. A
+            parameter or buffer that is replaced or written is seen. Default: False.
 
     Returns:
         nn.Module: ``model`` itself.
@@ -58,6 +63,8 @@ def convert(
     Raises:
         TypeError: ``model`` is not a module, or a choice neither a string nor a class.
         ValueError: a choice matches no layer of the model.
+        RuntimeError: when called, a model with ``cuda_graph`` is given tensors that are not on a CUDA device, or
+            cannot be captured.
 
     Note: a converted model computes what the stock one does, up to rounding. It cannot be scripted or exported to ONNX:
         revert it first.
@@ -67,6 +74,7 @@ def convert(
     refused = _Chooser("exclude", model, exclude)
     left: dict[str, str] = {}
     for module in model.modules():
+        ungraph(module)
         unfuse(module)
     for name, module in model.named_modules():
         module.__dict__.pop(EXCLUDED, None)
@@ -84,6 +92,8 @@ def convert(
     model.__dict__[_LEFT] = left
     if fuse:
         fuse_model(model)
+    if cuda_graph:
+        graph(model)
     return model
 
 
@@ -101,6 +111,7 @@ def revert(model: nn.Module) -> nn.Module:
     """
     _require_module("revert", model)
     for module in model.modules():
+        ungraph(module)
         unfuse(module)
         _change_class(module, stock_of)
         module.__dict__.pop(EXCLUDED, None)
@@ -160,9 +171,10 @@ def _entries(model: nn.Module) -> Iterator[LayerReport]:
     others: Counter[str] = Counter()
     fused, absorbed = _fused_parts(model)
     for name, module in model.named_modules():
-        cls = own_class(type(module))
+        held = without_graph(type(module))
+        cls = own_class(held)
         stock = stock_of(cls)
-        if is_fused(type(module)):
+        if is_fused(held):
             count = sum(layer.startswith(f"{name}." if name else "") for layer in fused)
             yield LayerReport(name, (stock or cls).__name__, True, f"in eval mode a fused forward: {count} layers")
         elif stock is not None and name in absorbed:
@@ -191,7 +203,7 @@ def _fused_parts(model: nn.Module) -> tuple[dict[str, list[str]], set[str]]:
     fused: dict[str, list[str]] = {}
     absorbed: set[str] = set()
     for name, module in model.named_modules():
-        if is_fused(type(module)):
+        if is_fused(without_graph(type(module))):
             plan, prefix = plan_in_eval_mode(module), f"{name}." if name else ""
             fused |= {prefix + layer: parts for layer, parts in plan.chains.items()}
             absorbed |= {prefix + part for part in plan.absorbed}

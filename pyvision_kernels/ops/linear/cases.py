@@ -91,6 +91,7 @@ LINEAR = OpCases(
     peer_is_native=True,
     in_eval=_in_eval,
     operators=("linear",),
+    cuda_operators=("linear", "_conv2d_backward_weight"),
     tiny=Case("per_call_overhead", _tiny),
     differentiable=("input", "weight"),
     cases=(
