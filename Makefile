@@ -13,6 +13,8 @@ JOBS ?= 2
 VISION_2.11.0 := 0.26.0
 VISION_2.14.1 := 0.29.1
 TORCHVISION := $(VISION_$(TORCH))
+# The interpreter of this torch's Triton converts arrays of one element to ints, which later ones refuse.
+NUMPY_2.11.0 := "numpy<2.4"
 NVCC_PACKAGES := nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85
 
 VENV := .venv$(if $(filter-out 2.14.1,$(TORCH)),-$(TORCH))
@@ -42,7 +44,7 @@ $(VENV)/.ready: Makefile requirements.txt
 	@test -n "$(TORCHVISION)" || { echo "TORCH=$(TORCH) is not among the supported versions: 2.11.0 2.14.1"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check torch==$(TORCH) torchvision==$(TORCHVISION)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt $(NUMPY_$(TORCH))
 	@if $(RUN) -c "import sys, setup; sys.exit(not setup.lacks_nvcc())"; then \
 	  echo "== no nvcc for this torch here: installing it into $(VENV)"; \
 	  $(RUN) -m pip install --quiet --disable-pip-version-check $(NVCC_PACKAGES); fi

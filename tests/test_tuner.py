@@ -297,12 +297,14 @@ def test_gradients_are_chosen_one_by_one(tuner, monkeypatch):
 @pytest.fixture
 def flags():
     """The default flags, and these again afterwards."""
-    yield
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
-    torch.backends.cudnn.rnn.fp32_precision = "tf32"
-    torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.set_float32_matmul_precision("highest")
+    # PyTorch's own test code, which other tests import, forbids to set them but in a block of its own.
+    with torch.backends.__allow_nonbracketed_mutation():
+        yield
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+        torch.backends.cudnn.rnn.fp32_precision = "tf32"
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
 
 
 def _allowed():
