@@ -176,9 +176,10 @@ __global__ void __launch_bounds__(Policy::Tile::kThreads, Policy::kMinBlocks)
   finish<Scalar, typename Tile::Sum, Layout::kBlockM, Layout::kBlockN, Layout::kThreads>(out, p, place.column0);
 }
 
-// A block owns a tile of the result, whose parts it adds in their order.
+// A block owns a tile of the result, whose parts it adds in their order. Of each file its own: several have it in
+// float.
 template <typename scalar_t, typename Sum, int BLOCK_M, int BLOCK_N, int THREADS>
-__global__ void __launch_bounds__(THREADS, 2) gather_gemm_sum_kernel(const GatherGemm p, const Plan plan) {
+static __global__ void __launch_bounds__(THREADS, 2) gather_gemm_sum_kernel(const GatherGemm p, const Plan plan) {
   using Finish = FinishTile<Sum, BLOCK_M, BLOCK_N>;
   constexpr int kElements = BLOCK_M * BLOCK_N;
   SIMT_DYN_SHARED(unsigned char, shared);
