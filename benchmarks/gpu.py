@@ -76,7 +76,9 @@ def stages(ops: list[str], only: str) -> list[Stage]:
         # The kernels and intrinsics that hold the emulator to what hardware does.
         tests = [PYTHON, "-m", "pytest", "tests/simt", "-m", "cuda", "-q", "-p", "no:cacheprovider"]
         result.append(Stage("suite-core", tests, hash_below("csrc", "tests/simt"), 90, sources.CORE, "suite"))
-        models = [f"tests/test_{name}.py" for name in ("convert", "override", "cuda_graph", "program_cuda")]
+        tests = [PYTHON, "-m", "pytest", "tests/test_program_cuda.py", "-m", "cuda", "-q", "-p", "no:cacheprovider"]
+        result.append(Stage("suite-graph", tests, package, 90, sources.GRAPH, "suite"))
+        models = [f"tests/test_{name}.py" for name in ("convert", "override", "cuda_graph")]
         tests = [PYTHON, "-m", "pytest", *models, "-m", "cuda", "-q", "-p", "no:cacheprovider"]
         result.append(Stage("suite-models", tests, package, 90))
     sanitizer = find_sanitizer()

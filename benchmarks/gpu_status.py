@@ -16,7 +16,7 @@ STYLES = {"verified": "green", "changed": "yellow", "failed": "red", "never": "y
 def table() -> Table:
     states = all_states()
     result = Table("op", "standing", "what is known")
-    for op in [*sources.op_names(), sources.CORE]:
+    for op in [*sources.op_names(), sources.GRAPH, sources.CORE]:
         status, remark = standing(op, states)
         result.add_row(op, f"[{STYLES[status]}]{status}", remark)
     return result

@@ -30,11 +30,14 @@ def is_cpu_only(path: Path) -> bool:
 
 # Verified beside the ops: the wrappers of csrc/core, by the kernels of tests/simt.
 CORE = "core"
+# And the kernels that run a stretch of layers.
+GRAPH = "graph"
 
 
 def kernel_sources(op: str, device: str) -> list[Path]:
     """The op's own files and the headers that its kernels may include, on "cpu" or "cuda"; there Triton's too."""
-    folder = ROOT / "tests" / "simt" if op == CORE else ROOT / "csrc" / "ops" / op
+    folders = {CORE: ROOT / "tests" / "simt", GRAPH: ROOT / "csrc" / "graph"}
+    folder = folders.get(op, ROOT / "csrc" / "ops" / op)
     own = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     in_triton = (ROOT / "pyvision_kernels" / "ops" / op).glob("triton*.py") if device == "cuda" else ()
     found = {path for path in (ROOT / "csrc" / "core").iterdir() if path.suffix in (".h", ".cuh")}

@@ -61,24 +61,28 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
-        self.reasons: list[str] = []  # of choices whose operator has not been called yet
+        self.reasons: list[str] = []  # of choices since the last operator; its own is the latest
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._overloadpacket._qualified_op_name
         space, _, op = name.partition("::")
         if space == "pvk" and not (op.startswith("_") and op.endswith("_pack")):
             values = {part.name: value for part, value in zip(func._schema.arguments, args, strict=False)}
-            self.lines.append(f"{op} {_sizes(args)}: pvk{_how(op, values)}{self._why(op)}")
+            shown = op.replace("_conv2d_triton_", "_conv2d_").replace("_conv2d_triton", "conv2d")
+            self.lines.append(f"{shown} {_sizes(args)}: pvk{_how(op, values)}{self._why(op)}")
         elif name in _TORCH:
             self.lines.append(f"{_TORCH[name]} {_sizes(args)}: torch {name}{self._why(_TORCH[name])}")
         return func(*args, **(kwargs or {}))
 
     def _why(self, op: str) -> str:
-        return f" ({self.reasons.pop(0)})" if op in _CHOSEN and self.reasons else ""
+        if not self.reasons or not op.removeprefix("_").startswith(_CHOSEN):
+            return ""
+        reason = self.reasons[-1]
+        self.reasons.clear()
+        return f" ({reason})"
 
 
-# Of whose kernels choice.py chooses.
-_CHOSEN = ("conv2d", "_conv2d_backward_input", "_conv2d_backward_weight", "linear")
+_CHOSEN = ("conv2d", "linear")  # how operators begin whose kernels choice.py chooses
 
 
 def _sizes(args: Any) -> str:
@@ -89,6 +93,8 @@ def _sizes(args: Any) -> str:
 
 def _how(op: str, values: dict[str, Any]) -> str:
     parts = [algorithm.name_of(values["algorithm"])] if "algorithm" in values else []
+    if "triton" in op:
+        parts = ["triton tf32" if values["algorithm"] == algorithm.TF32 else "triton"]
     if values.get("scale") is not None or values.get("shift") is not None:
         parts.append("scale and shift")
     if values.get("residual") is not None:

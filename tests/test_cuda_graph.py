@@ -112,6 +112,45 @@ def test_writes_replacements_and_modes_are_seen(captured):
     check(6)
 
 
+@torch.no_grad()
+def test_another_tensor_in_the_place_of_the_old_one_is_seen(captured):
+    model, x = _model(), torch.randn(1, 3, 6, 5)
+    for count in range(1, 6):
+        model(x)
+        assert len(captured) == count
+        value = float(count)
+        del model.conv.bias  # its memory, and its identity, may be given to the next
+        model.conv.bias = nn.Parameter(torch.full((4,), value))
+    model.extra = nn.Identity().eval()
+    model(x)
+    assert len(captured) == 6
+
+
+@torch.no_grad()
+def test_hooks_and_layers_in_train_mode_are_called(captured):
+    model, x, calls = _model(), torch.randn(1, 3, 6, 5), []
+    model(x)
+    handle = model.conv.register_forward_hook(lambda *args: calls.append("hook"))
+    model(x)
+    assert calls == ["hook"]
+    handle.remove()
+    before = model.norm.num_batches_tracked.item()
+    model.norm.train()
+    model(x)
+    assert model.norm.num_batches_tracked.item() == before + 1
+    model.norm.eval()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *args: calls.append("global"))
+    model(x)
+    handle.remove()
+    assert "global" in calls
+    model.register_forward_hook(lambda *args: calls.append("own"))
+    count = len(captured)
+    model(x)
+    model(x)
+    assert calls.count("own") == 2
+    assert len(captured) <= count + 1
+
+
 def test_gradients_run_the_forward_of_its_own(captured):
     model, x = _model(), torch.randn(1, 3, 6, 5)
     model(x)["maps"].sum().backward()

@@ -14,7 +14,8 @@ import pyvision_kernels as pvk
 from pyvision_kernels import _tuner
 from pyvision_kernels._backend import CHOICE
 from pyvision_kernels._tuner import TUNER, Table, Tuner, fastest
-from pyvision_kernels.ops.conv2d import algorithm, choice
+from pyvision_kernels.explain import _Recorder
+from pyvision_kernels.ops.conv2d import algorithm, choice, variants
 from pyvision_kernels.ops.conv2d import run as run_conv2d
 from pyvision_kernels.ops.conv2d.algorithm import DIRECT, TF32, TORCH, Problem
 from pyvision_kernels.ops.conv2d.geometry import Geometry
@@ -289,6 +290,29 @@ def test_gradients_are_chosen_one_by_one(tuner, monkeypatch):
     assert [chosen(direction, "auto") for direction in (choice.INPUT, choice.WEIGHT)] == [TORCH, DIRECT]
     assert chosen(choice.WEIGHT, "torch") == TORCH
     assert chosen(choice.INPUT, "pvk") in (DIRECT, algorithm.TRITON)
+
+
+def test_a_transposed_convolution_takes_the_kernel_that_is_chosen(monkeypatch):
+    calls = []
+    monkeypatch.setattr(choice, "choose_gradient", lambda *args: algorithm.TRITON_TF32)
+    monkeypatch.setattr(choice, "_triton", types.SimpleNamespace(backward_input=lambda *args: calls.append(args)))
+    monkeypatch.setattr(variants, "runs_cuda_kernels", lambda tensor: True)
+    x, w = torch.ones(1, 4, 5, 5), torch.ones(4, 2, 3, 3)
+    pvk.ops.conv_transpose2d(x, w, stride=2)
+    ((input, weight, *_, kernel, config),) = calls
+    assert input is x
+    assert weight is w
+    assert (kernel, config) == (TF32, None)
+
+
+def test_explain_gives_each_call_the_reason_of_its_own_choice():
+    recorder = _Recorder()
+    x, w = torch.randn(1, 3, 4, 4), torch.randn(2, 3, 3, 3)
+    with torch.no_grad(), recorder, pvk.backend("pvk"):
+        recorder.reasons += ["of a choice that was made again", "tuned"]
+        pvk.ops.conv2d(x, w)
+        pvk.ops.conv2d(x, w)  # chosen before
+    assert [line.endswith(" (tuned)") for line in recorder.lines] == [True, False]
 
 
 # ---- PyTorch's flags ----

@@ -25,6 +25,15 @@ inline cudaStream_t cuda_stream(Stream stream) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// A number of blocks along x.
+inline unsigned grid_of(const char* op, int64_t blocks) {
+  constexpr int64_t kMost = (int64_t(1) << 31) - 1;
+  if (blocks > kMost)
+    throw std::runtime_error(std::string(op) + ": expected at most " + std::to_string(kMost) + " blocks, but got " +
+                             std::to_string(blocks));
+  return unsigned(blocks);
+}
+
 struct LaunchConfig {
   dim3 grid;
   dim3 block;

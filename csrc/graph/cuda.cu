@@ -90,9 +90,7 @@ void choose_tile(ChainLayer& layer, const Split& split, bool wide) {
 template <typename scalar_t>
 void run(const ChainParams& p, const Split& split, size_t bytes, Stream stream) {
   const int64_t blocks = ceil_div(p.N, split.images) * split.blocks;
-  if (blocks >= int64_t(1) << 31)
-    throw std::runtime_error("_graph: expected fewer images, but got " + std::to_string(p.N));
-  const LaunchConfig config = {dim3(unsigned(blocks)), dim3(kThreads), bytes, stream, unsigned(split.blocks)};
+  const LaunchConfig config = {dim3(grid_of("_graph", blocks)), dim3(kThreads), bytes, stream, unsigned(split.blocks)};
   launch(split.blocks > 1 ? graph_chain_kernel<scalar_t, true> : graph_chain_kernel<scalar_t, false>, config, p);
 }
 

@@ -2,8 +2,8 @@
 
 An instance becomes one of a subclass of its class, as a fused one does (fuse.py). A graph is kept for each structure,
 size, dtype, layout and device of the arguments. It reads inputs from memory of its own, into which a call copies its
-arguments; results are copies of what it wrote. It is dropped where a parameter or buffer is another tensor, lies
-elsewhere or was written, for packed weights and folded batch norms in it would be out of date.
+arguments; results are copies of what it wrote. All are dropped where a submodule, parameter or buffer is another, or a
+tensor was moved or written, for packed weights and folded batch norms in them would be out of date.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from operator import methodcaller
+from operator import is_, methodcaller
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from pyvision_kernels._backend import CHOICE
@@ -33,10 +34,18 @@ class Graphs:
 
     def __init__(self) -> None:
         self.kept: OrderedDict[Any, _Graph] = OrderedDict()
-        self.seen: Any = None  # of parameters and buffers
+        self.seen: _Seen | None = None
         self.lock = threading.Lock()
         self.pool: Any = None
         self.stream: Any = None  # that the last one was queued on
+
+    def suits(self, model: nn.Module) -> bool:
+        """Whether a graph computes what a call does now; those that are out of date are dropped."""
+        with self.lock:
+            if self.seen is None or not self.seen.is_current():
+                self.kept.clear()
+                self.seen = _Seen(model)
+            return self.seen.is_plain()
 
     def call(self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         leaves, structure = tree_flatten((args, kwargs))
@@ -44,7 +53,6 @@ class Graphs:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         with self.lock:
             self._follow(tensors[0].device)
-            self._look(model)
             graph = self.kept.get(key)
             if graph is None:
                 graph = _Graph(model, forward, leaves, structure, self.pool)
@@ -65,12 +73,34 @@ class Graphs:
             current.wait_stream(self.stream)
         self.stream = current
 
-    def _look(self, model: nn.Module) -> None:
-        held = [*model.parameters(), *model.buffers()]
-        seen = list(map(id, held)), list(map(_address_of, held)), list(map(_version_of, held))
-        if seen != self.seen:
-            self.kept.clear()
-            self.seen = seen
+
+class _Seen:
+    """What graphs depend on of a model, as it was. All is held, so that no identity or address is given out again."""
+
+    def __init__(self, model: nn.Module) -> None:
+        states = [module.__dict__ for module in model.modules()]
+        self.parts = states[1:]  # a hook of the model itself is called around its forward
+        self.holders = [state[kind] for state in states for kind in ("_modules", "_parameters", "_buffers")]
+        items = [(holder, name, value) for holder in self.holders for name, value in holder.items()]
+        self.places, self.names, self.values = ([item[i] for item in items] for i in range(3))
+        self.tensors = [value for value in self.values if isinstance(value, Tensor)]
+        self.written = self._written()
+
+    def is_current(self) -> bool:
+        return (
+            sum(map(len, self.holders)) == len(self.names)
+            and all(map(is_, self.values, map(dict.get, self.places, self.names)))
+            and self._written() == self.written
+        )
+
+    def is_plain(self) -> bool:
+        """No layer has a hook, which a replay would not call, or is in train mode."""
+        return not any(
+            state["training"] or state["_forward_hooks"] or state["_forward_pre_hooks"] for state in self.parts
+        )
+
+    def _written(self) -> tuple[Any, ...]:
+        return list(map(_address_of, self.tensors)), list(map(_version_of, self.tensors))
 
 
 _address_of = methodcaller("data_ptr")
@@ -137,7 +167,7 @@ def _replays(model: nn.Module, args: Any, kwargs: Any) -> bool:
     Raises:
         RuntimeError: an argument is not on a CUDA device.
     """
-    if model.training or is_off():
+    if model.training or is_off() or torch_module._has_any_global_hook():
         return False
     leaves = tree_flatten((args, kwargs))[0]
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -189,7 +219,7 @@ def _make_graphed_class(own: Any) -> Any:
 
     @functools.wraps(own.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _replays(self, args, kwargs):
+        if not _replays(self, args, kwargs) or not graphs_of(self).suits(self):
             return own.forward(self, *args, **kwargs)
         with torch.no_grad():
             return graphs_of(self).call(self, own.forward, args, kwargs)

@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 
+import pyvision_kernels as pvk
 from pyvision_kernels import _activation
 from pyvision_kernels._op import REGISTRY
 from pyvision_kernels.ops.conv2d import algorithm, triton_configs, triton_launch, triton_run
@@ -260,6 +261,15 @@ def test_a_second_call_runs_the_plan_of_the_first_on_other_tensors(launched):
         assert torch.equal(result, ours.backward_weight(grad, input, case.numbers, [3, 3], *options))
     kernels = [launch.kernel for launch in launched]
     assert kernels == ["conv2d_kernel", "conv2d_kernel", "conv2d_weight_kernel", "conv2d_weight_sum_kernel"]
+
+
+def test_explain_names_triton(launched):
+    case = Case("", (1, 16, 4, 4, 16, 1, 1))
+    input, weight, _ = case.tensors(torch.float32, True)
+    given = input, weight, *(None,) * 4, case.numbers, 0, False, True
+    lines = pvk.explain(lambda: [ours.forward(*given, kernel, SMALL) for kernel in (DIRECT, TF32)])
+    assert [line.partition(": ")[2] for line in lines] == ["pvk triton", "pvk triton tf32"]
+    assert all(line.startswith("conv2d [1, 16, 4, 4] * [16, 16, 1, 1]") for line in lines)
 
 
 def test_a_plan_made_where_one_tensor_was_two_arguments_serves_two(launched):

@@ -245,9 +245,11 @@ void launch_backward_weight(const BackwardWeightParams& p, const WeightPlan& pla
   constexpr int kM = block_m(LARGE), kN = block_n(TENSOR_CORES, LARGE);
   constexpr int kStages = GATHER_A ? 2 : 4;
   const auto run = [&]<typename Tile>() {
-    const unsigned blocks = unsigned(plan.tiles_m * plan.tiles_n * p.groups * plan.parts);
+    const int64_t blocks = plan.tiles_m * plan.tiles_n * p.groups * plan.parts;
     launch(conv2d_backward_weight_kernel<Tile, kM, kN, kStages, GATHER_A, GATHER_B>,
-           {dim3(blocks), dim3(Tile::kThreads), sizeof(WeightShared<Tile, kStages, kN>), stream}, p, plan);
+           {dim3(grid_of("_conv2d_backward_weight", blocks)), dim3(Tile::kThreads),
+            sizeof(WeightShared<Tile, kStages, kN>), stream},
+           p, plan);
   };
   if constexpr (TENSOR_CORES) {
     constexpr Major kA = GATHER_A ? Major::kK : Major::kMN, kB = GATHER_B ? Major::kK : Major::kMN;

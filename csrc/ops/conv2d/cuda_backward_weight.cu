@@ -111,8 +111,8 @@ void backward_weight(const BackwardWeightParams& p, Stream stream) {
     }
     if (plan.parts == 1) return;
     const int64_t blocks = ceil_div(p.K * plan.N, int64_t(kWarpSize));
-    launch(conv2d_backward_weight_sum_kernel<scalar_t>, {dim3(unsigned(blocks)), dim3(kReduceThreads), 0, stream}, p,
-           plan);
+    launch(conv2d_backward_weight_sum_kernel<scalar_t>,
+           {dim3(grid_of("_conv2d_backward_weight", blocks)), dim3(kReduceThreads), 0, stream}, p, plan);
   });
 }
 

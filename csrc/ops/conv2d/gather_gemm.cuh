@@ -201,23 +201,19 @@ static __global__ void __launch_bounds__(THREADS, 2) gather_gemm_sum_kernel(cons
   finish<scalar_t, Sum, BLOCK_M, BLOCK_N, THREADS>(out, p, place.column0);
 }
 
-inline unsigned grid_of(int64_t blocks) {
-  if (blocks >= int64_t(1) << 31) throw std::runtime_error("conv2d: expected fewer pixels");
-  return unsigned(blocks);
-}
-
 template <typename Policy, bool kVectors>
 void run_tile(const GatherGemm& p, const Plan& plan, Stream stream) {
   using Layout = GatherLayout<Policy, kVectors>;
   using Sum = typename Layout::Tile::Sum;
   const int64_t blocks = plan.tiles_m * plan.tiles_n * p.groups * p.phases(0) * p.phases(1);
   launch(gather_gemm_kernel<Policy, kVectors>,
-         {dim3(grid_of(blocks * plan.splits)), dim3(Layout::kThreads), size_t(Layout::kBytes), stream}, p, plan);
+         {dim3(grid_of("conv2d", blocks * plan.splits)), dim3(Layout::kThreads), size_t(Layout::kBytes), stream}, p,
+         plan);
   if constexpr (Layout::kBlockM == 64 && Layout::kBlockN == 64) {  // the only one that is split
     if (plan.splits > 1) {
       constexpr int kThreads = 256;
       launch(gather_gemm_sum_kernel<typename Layout::Scalar, Sum, 64, 64, kThreads>,
-             {dim3(grid_of(blocks)), dim3(kThreads), sizeof(typename Layout::Finish), stream}, p, plan);
+             {dim3(grid_of("conv2d", blocks)), dim3(kThreads), sizeof(typename Layout::Finish), stream}, p, plan);
     }
   }
 }

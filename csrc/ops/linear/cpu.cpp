@@ -6,6 +6,7 @@
 #include "core/parallel.h"
 #include "core/simd.h"
 #include "ops/conv2d/cpu_kernels.h"
+#include "ops/linear/as_convolution.h"
 #include "ops/linear/cpu_dot.h"
 #include "ops/linear/linear.h"
 
@@ -15,36 +16,6 @@ namespace {
 
 // Up to here, packed or not: packing for one call costs more than it gains, and the result is the same with either.
 constexpr int64_t kRowsOfDot = 16;
-
-template <typename Params>
-Params as_convolution(const LinearParams& p) {
-  Params conv{};
-  conv.input = p.input;
-  conv.weight = p.weight;
-  conv.packed = p.packed;
-  conv.bias = p.bias;
-  conv.residual = p.residual;
-  conv.output = p.output;
-  conv.dtype = conv.scale_dtype = p.dtype;
-  conv.bias_dtype = p.bias_dtype;
-  conv.activation = p.activation;
-  conv.N = conv.H = conv.OH = conv.R = conv.S = conv.groups = 1;
-  conv.C = p.C;
-  conv.W = conv.OW = p.M;
-  conv.K = p.K;
-  for (int i = 0; i < 2; ++i) conv.stride[i] = conv.dilation[i] = 1;
-  const auto set = [](int64_t (&stride)[4], int64_t row, int64_t channel, int64_t rows) {
-    stride[0] = stride[2] = rows * row;
-    stride[1] = channel;
-    stride[3] = row;
-  };
-  set(conv.input_stride, p.input_stride[0], p.input_stride[1], p.M);
-  set(conv.residual_stride, p.residual_stride[0], p.residual_stride[1], p.M);
-  set(conv.output_stride, p.K, 1, p.M);
-  conv.weight_stride[0] = p.weight_stride[0];
-  conv.weight_stride[1] = p.weight_stride[1];
-  return conv;
-}
 
 // The rows, dense.
 template <typename scalar_t>

@@ -1,12 +1,11 @@
-// linear on CUDA: a few rows by a kernel that reads the weight once, more as the 1 x 1 convolution of as many images of
-// one pixel.
+// linear on CUDA: a few rows by a kernel that reads the weight once, more as the 1 x 1 convolution
+// of one image, whose pixels are the rows.
 #include "core/activation.cuh"
 #include "core/dispatch.cuh"
 #include "core/launch.h"
 #include "core/math.h"
 #include "core/warp.cuh"
-#include "ops/conv2d/conv2d.h"
-#include "ops/linear/linear.h"
+#include "ops/linear/as_convolution.h"
 
 namespace pvk::linear {
 namespace {
@@ -62,42 +61,21 @@ bool has_vectors(const void* data, const int64_t* stride, int64_t rows, int64_t 
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride[1] == 1 && (rows == 1 || stride[0] % vec == 0);
 }
 
-conv2d::Conv2dParams as_convolution(const LinearParams& p) {
-  conv2d::Conv2dParams c{};
-  c.input = p.input;
-  c.weight = p.weight;
-  c.packed = p.packed;
-  c.bias = p.bias;
-  c.residual = p.residual;
-  c.output = p.output;
-  c.dtype = p.dtype;
-  c.bias_dtype = p.bias_dtype;
-  c.algorithm = p.tf32 ? conv2d::Algorithm::kTf32 : conv2d::Algorithm::kDirect;
-  c.activation = p.activation;
-  c.N = p.M;
-  c.C = p.C;
-  c.K = p.K;
-  c.H = c.W = c.R = c.S = c.OH = c.OW = 1;
-  c.groups = 1;
-  c.stride[0] = c.stride[1] = c.dilation[0] = c.dilation[1] = 1;
-  for (int i = 0; i < 2; ++i) {
-    c.input_stride[i] = p.input_stride[i];
-    c.weight_stride[i] = p.weight_stride[i];
-    c.residual_stride[i] = p.residual_stride[i];
-  }
-  c.output_stride[0] = p.K;
-  c.output_stride[1] = 1;
-  c.workspace = p.workspace;
-  return c;
+conv2d::Conv2dParams product_of(const LinearParams& p) {
+  auto conv = as_convolution<conv2d::Conv2dParams>(p);
+  conv.algorithm = p.tf32 ? conv2d::Algorithm::kTf32 : conv2d::Algorithm::kDirect;
+  conv.workspace = p.workspace;
+  return conv;
 }
 
 }  // namespace
 
 void forward(const LinearParams& p, Stream stream) {
-  if (p.M > kFewRows) return conv2d::forward(as_convolution(p), stream);
+  if (p.M > kFewRows) return conv2d::forward(product_of(p), stream);
   dispatch_dtype(p.dtype, [&]<typename scalar_t>() {
     constexpr int kVec = kVec16<scalar_t>;
-    const LaunchConfig config = {dim3(unsigned(ceil_div(p.K, int64_t(kWarps)))), dim3(kBlockThreads), 0, stream};
+    const LaunchConfig config = {dim3(grid_of("linear", ceil_div(p.K, int64_t(kWarps)))), dim3(kBlockThreads), 0,
+                                 stream};
     if (p.C % kVec == 0 && has_vectors(p.weight, p.weight_stride, p.K, kVec) &&
         has_vectors(p.input, p.input_stride, p.M, kVec)) {
       launch(linear_rows_kernel<scalar_t, kVec>, config, p);
@@ -108,16 +86,17 @@ void forward(const LinearParams& p, Stream stream) {
 }
 
 int64_t packed_bytes(const LinearParams& p, Stream stream) {
-  return conv2d::packed_bytes(as_convolution(p), stream);
+  return conv2d::packed_bytes(product_of(p), stream);
 }
 
 void pack(const PackParams& p, Stream stream) {
-  conv2d::PackParams c{as_convolution(p), p.target};
-  conv2d::pack(c, stream);
+  auto conv = as_convolution<conv2d::PackParams>(p);
+  conv.target = p.target;
+  conv2d::pack(conv, stream);
 }
 
 int64_t workspace_bytes(const LinearParams& p) {
-  return p.M > kFewRows ? conv2d::workspace_bytes(as_convolution(p)) : 0;
+  return p.M > kFewRows ? conv2d::workspace_bytes(product_of(p)) : 0;
 }
 
 }  // namespace pvk::linear

@@ -59,46 +59,23 @@ def key_of(problem: Problem, direction: str, fusion: str, tf32: bool) -> str:
     return f"conv2d {direction} {sizes} {steps} {dtype} {layout} {fusion}".rstrip()
 
 
-def forward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    numbers: list[int],
-    activation: int,
-    pool: bool,
-    channels_last: bool,
-    kernel: int,
-) -> Tensor:
-    """A convolution by the Triton kernel of a number."""
-    options = activation, pool, channels_last, algorithm.in_cuda_cpp(kernel), _config_of(kernel)
-    return _triton.forward(input, weight, bias, scale, shift, residual, numbers, *options)
+def forward(*given: Any, kernel: int) -> Tensor:
+    """A convolution by the Triton kernel of a number. given: of conv2d_op, but packed and algorithm."""
+    return _triton.forward(*given, algorithm.in_cuda_cpp(kernel), _config_of(kernel))
 
 
-def backward_input(
-    grad_output: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    numbers: list[int],
-    size: list[int],
-    activation: int,
-    channels_last: bool,
-    kernel: int,
-) -> Tensor:
-    """The gradient of the input, or a transposed convolution, by the kernel of ours of a number."""
-    given = grad_output, weight, bias, numbers, size, activation, channels_last
+def backward_input(*given: Any, kernel: int) -> Tensor:
+    """The gradient of the input, or a transposed convolution, by the kernel of ours of a number.
+
+    given: of backward_input_op, but algorithm.
+    """
     if algorithm.is_triton(kernel):
         return _triton.backward_input(*given, algorithm.in_cuda_cpp(kernel), _config_of(kernel))
     return backward_input_op(*given, kernel)
 
 
-def backward_weight(
-    grad_output: Tensor, input: Tensor, numbers: list[int], taps: list[int], channels_last: bool, kernel: int
-) -> Tensor:
-    """The gradient of the weight by the kernel of ours of a number."""
-    given = grad_output, input, numbers, taps, channels_last
+def backward_weight(*given: Any, kernel: int) -> Tensor:
+    """The gradient of the weight by the kernel of ours of a number. given: of backward_weight_op, but algorithm."""
     if algorithm.is_triton(kernel):
         return _triton.backward_weight(*given, algorithm.in_cuda_cpp(kernel), _config_of(kernel))
     return backward_weight_op(*given, kernel)

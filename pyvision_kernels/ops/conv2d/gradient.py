@@ -58,10 +58,11 @@ def _by(kernel: int, direction: str, grad: Tensor, input: Tensor, weight: Tensor
         if kernel == TORCH:
             return _convolution_backward(grad, input, weight, numbers, (True, False))[0]
         size = list(input.shape[2:])
-        return choice.backward_input(grad, weight, None, numbers, size, 0, is_channels_last(input), kernel)
+        return choice.backward_input(grad, weight, None, numbers, size, 0, is_channels_last(input), kernel=kernel)
     if kernel == TORCH:
         return _convolution_backward(grad, input, weight, numbers, (False, True))[1]
-    return choice.backward_weight(grad, input, numbers, list(weight.shape[2:]), is_channels_last(weight), kernel)
+    taps = list(weight.shape[2:])
+    return choice.backward_weight(grad, input, numbers, taps, is_channels_last(weight), kernel=kernel)
 
 
 def _gradients(

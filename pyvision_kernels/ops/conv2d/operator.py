@@ -282,13 +282,13 @@ def _by(kernel, input, weight, bias, geometry, scale, shift, residual, activatio
     """The call by the kernel of a number."""
     if kernel == TORCH:
         return _by_torch(input, weight, bias, geometry, scale, shift, residual, activation, pool, channels_last)
-    options = geometry.numbers, _activation.NUMBERS[activation], pool, channels_last, kernel
+    options = geometry.numbers, _activation.NUMBERS[activation], pool, channels_last
     if algorithm.is_triton(kernel):
-        return choice.forward(input, weight, bias, scale, shift, residual, *options)
+        return choice.forward(input, weight, bias, scale, shift, residual, *options, kernel=kernel)
     packed = None
     if packs is not None:
         packed = packs.get(weight, (kernel, input.dtype), lambda: pack(weight, geometry, kernel))
-    return conv2d_op(input, weight, bias, scale, shift, residual, packed, *options)
+    return conv2d_op(input, weight, bias, scale, shift, residual, packed, *options, kernel)
 
 
 def pack(weight: Tensor, geometry: Geometry, kernel: int) -> Tensor:

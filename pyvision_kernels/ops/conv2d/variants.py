@@ -12,7 +12,6 @@ from pyvision_kernels import _activation, _backend
 from pyvision_kernels._check import autocasts, require, require_tensors
 from pyvision_kernels._op import runs_cuda_kernels
 from pyvision_kernels.ops.conv2d import algorithm, choice
-from pyvision_kernels.ops.conv2d.backward import backward_input_op
 from pyvision_kernels.ops.conv2d.geometry import Geometry, Padding, as_pair
 from pyvision_kernels.ops.conv2d.operator import flows_channels_last, run
 
@@ -170,7 +169,7 @@ def _by_gradient(input, weight, bias, stride, padding, extra, groups, dilation, 
     def by_kernel(kernel: int) -> Tensor:
         if kernel == algorithm.TORCH:
             return _by_torch(*given)
-        return backward_input_op(input, weight, bias, numbers, size, number, last, kernel)
+        return choice.backward_input(input, weight, bias, numbers, size, number, last, kernel=kernel)
 
     kernel = choice.choose_gradient(
         choice.INPUT,

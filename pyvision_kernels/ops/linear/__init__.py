@@ -90,9 +90,11 @@ def _gradient(direction: str, grad: Tensor, input: Tensor, weight: Tensor, how: 
             return grad @ weight if direction == choice.INPUT else grad.mT @ input
         if direction == choice.INPUT:
             given = _as_map(grad), _as_map(weight), None, _GEOMETRY.numbers, [1, 1], 0
-            maps = choice.backward_input(*given, False, kernel)
+            maps = choice.backward_input(*given, False, kernel=kernel)
         else:
-            maps = choice.backward_weight(_as_map(grad), _as_map(input), _GEOMETRY.numbers, [1, 1], False, kernel)
+            maps = choice.backward_weight(
+                _as_map(grad), _as_map(input), _GEOMETRY.numbers, [1, 1], False, kernel=kernel
+            )
         return maps.flatten(1)
 
     sizes = _as_map(input).shape, _as_map(weight).shape
@@ -187,7 +189,7 @@ def _by(kernel, input, weight, bias, residual, activation, packs) -> Tensor:
     if is_triton(kernel):
         added = None if residual is None else _as_map(residual)
         given = _as_map(input), _as_map(weight), bias, None, None, added, _GEOMETRY.numbers
-        return choice.forward(*given, number, False, False, kernel).flatten(1)
+        return choice.forward(*given, number, False, False, kernel=kernel).flatten(1)
     packed = None if packs is None else pack_for(weight, input.shape[0], packs)
     return linear_op(input, weight, bias, residual, packed, number, kernel == TF32)
 
