@@ -22,7 +22,7 @@ from pyvision_kernels import ops
 
 Inputs = dict[str, Any]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LAYOUTS = ("contiguous", "channels_last", "strided")
+LAYOUTS = ("contiguous", "channels_last", "strided")  # and "transposed": [B, H, L, D] as [B, L, H, D] in memory
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,11 @@ class OpCases:
     def with_leaves(self, inputs: Inputs) -> tuple[Inputs, list[Tensor]]:
         """The inputs with fresh leaves in place of what is differentiable, and these leaves."""
         leaves = {
-            name: map_tensors(lambda tensor: tensor.detach().requires_grad_(), inputs[name])
+            name: map_tensors(lambda tensor: tensor.detach().requires_grad_(tensor.is_floating_point()), inputs[name])
             for name in self.differentiable
         }
-        return {**inputs, **leaves}, [leaf for value in leaves.values() for leaf in tensors_of(value)]
+        tensors = [leaf for value in leaves.values() for leaf in tensors_of(value)]
+        return {**inputs, **leaves}, [leaf for leaf in tensors if leaf.requires_grad]
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -170,6 +171,8 @@ def in_layout(tensor: Tensor, layout: str) -> Tensor:
     """The same values in another memory layout; tensors that have no such layout stay as they are."""
     if layout == "channels_last" and tensor.dim() == 4:
         return tensor.contiguous(memory_format=torch.channels_last)
+    if layout == "transposed" and tensor.dim() == 4:
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "strided" and tensor.dim() > 0:
         absent = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
         wide = tensor.new_full([2 * size + 1 for size in tensor.shape], absent)

@@ -1,5 +1,6 @@
 """Functional ops. One folder a family of functions that run the same kernels."""
 
+from pyvision_kernels.ops.attention import attention
 from pyvision_kernels.ops.avg_pool2d import adaptive_avg_pool2d, avg_pool1d, avg_pool2d
 from pyvision_kernels.ops.batch_norm import batch_norm
 from pyvision_kernels.ops.box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou
@@ -24,6 +25,7 @@ from pyvision_kernels.ops.softmax_cross_entropy import softmax_cross_entropy
 __all__ = [
     "adaptive_avg_pool2d",
     "adaptive_max_pool2d",
+    "attention",
     "avg_pool1d",
     "avg_pool2d",
     "batch_norm",
