@@ -183,9 +183,10 @@ class Forward {
   void weigh(Thread& thread, const Block& k, int64_t i) const {
     T* const scores = thread.scores.data() + i * thread.pitch;
     const KeyRange range = window_of(p_, k.keys, k.first + i, k.first + i);
-    const int64_t begin = max_of(range.begin, k.begin), end = min_of(range.end, k.begin + k.width);
+    const int64_t end = max_of(k.begin, min_of(range.end, k.begin + k.width));
+    const int64_t begin = min_of(end, max_of(range.begin, k.begin));
     const T* const bias = thread.bias.is_given() ? thread.bias.row(k.b, k.h, k.first + i, {begin, end}) + k.begin : nullptr;
-    const ScoreRow<T> row(scores, bias, T(p_.scale), begin - k.begin, max_of(begin, end) - k.begin);
+    const ScoreRow<T> row(scores, bias, T(p_.scale), begin - k.begin, end - k.begin);
     Vec<T> most = splat(thread.largest[i]);
     row.each([&](int64_t c, Vec<T> x) __attribute__((always_inline)) {
       store(scores + c, x);
