@@ -116,7 +116,7 @@ def variants_of_attention(archs: list[str], full: bool) -> list[OfAttention]:
         whole = full or arch == "90"
         features = (16, 32, 64, 72, 80, 96, 128, 256) if full else (64, 72, 128, 256) if whole else (64,)
         for direction in ("forward", "backward"):
-            found += [OfAttention(arch, direction, half, size) for size in features]
+            found += [OfAttention(arch, direction, half, size) for size in features if size != 72 or int(arch) >= 90]
             found.append(OfAttention(arch, direction, torch.float16, 64))
             found.append(OfAttention(arch, direction, half, 64, described=False))
     return found

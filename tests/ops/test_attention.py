@@ -1,7 +1,8 @@
-"""What is special to attention: packed inputs, dropout, sums, masks, shapes that PyTorch takes, gradients of gradients."""
+"""What is special to attention: packed rows, dropout, sums, masks, PyTorch's shapes, gradients of gradients."""
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 
@@ -37,29 +38,26 @@ def _gradients(function, tensors, grad=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 def test_samples_of_op_db(dtype, device):
     entry = next(entry for entry in op_db if entry.name == "nn.functional.scaled_dot_product_attention")
-    count = 0
-    for sample in entry.sample_inputs("cpu", dtype, requires_grad=True):
-        key, value = sample.args[:2]
-        options = dict(sample.kwargs)
-        if options.pop("dropout_p", 0.0):
-            continue
-        mask = options.pop("attn_mask", None)
-        results = []
-        for function, name in ((attention, "bias"), (F.scaled_dot_product_attention, "attn_mask")):
-            results.append(
-                _gradients(
-                    lambda *rows, f=function, n=name: f(*rows, **{n: mask}, **options), (sample.input, key, value)
-                )
-            )
-        double = None if mask is None else mask if mask.dtype == torch.bool else mask.double()
-        exact = _gradients(
-            lambda *rows: F.scaled_dot_product_attention(*rows, attn_mask=double, **options),
-            [rows.double() for rows in (sample.input, key, value)],
-        )
-        for found, theirs, right in zip(*results, exact, strict=True):
-            assert_as_good(found, theirs, right, sample)
-        count += 1
-    assert count >= 10
+    samples = [one for one in entry.sample_inputs("cpu", dtype, requires_grad=True) if not one.kwargs.get("dropout_p")]
+    assert len(samples) >= 10
+    for sample in samples:
+        rows = (sample.input, *sample.args[:2])
+        options = {name: value for name, value in sample.kwargs.items() if name not in ("attn_mask", "dropout_p")}
+        mask = sample.kwargs.get("attn_mask")
+        ours = _gradients(functools.partial(attention, bias=mask, **options), rows)
+        theirs = _gradients(functools.partial(F.scaled_dot_product_attention, attn_mask=mask, **options), rows)
+        mask = mask.double() if mask is not None and mask.dtype != torch.bool else mask
+        double = [one.detach().double() for one in rows]
+        exact = _gradients(functools.partial(F.scaled_dot_product_attention, attn_mask=mask, **options), double)
+        # Samples are of up to 9 in size: an error of a large score is one of its weight, and sums cancel.
+        q, k, v = (one.abs().max().item() for one in double)
+        size, features = max(rows[0].size(-2), rows[1].size(-2)), rows[0].size(-1)
+        scores = 1 + q * k * features**0.5
+        by_score = v * rows[2].size(-1) * scores / features**0.5
+        for *results, largest in zip(
+            ours, theirs, exact, (v * scores, by_score * k, by_score * q, size * scores), strict=True
+        ):
+            assert_as_good(*results, sample, largest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
@@ -112,7 +110,8 @@ def test_sums_and_their_gradient(dtype, device):
     output, lse = attention(*ours, mask, return_lse=True)
     exact, sums = reference.attention(*double, mask, return_lse=True)
     assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert (lse[:, :, 4] == -INFINITY).all() and (output[:, :, 4] == 0).all()
+    assert (lse[:, :, 4] == -INFINITY).all()
+    assert (output[:, :, 4] == 0).all()
     torch.testing.assert_close(lse.double(), sums, rtol=1e-5, atol=1e-5)
     weight = torch.randn(2, 2, 13)
     weight[:, :, 4] = 0
@@ -173,7 +172,8 @@ def test_gradients_of_absent_keys_are_zero(device):
     _, *grads = _gradients(lambda *rows: attention(*rows, key_lengths=lengths), (query, key, value))
     assert grads[0].isfinite().all()
     for grad in grads[1:]:
-        assert (grad[0, :, 4:] == 0).all() and (grad[1, :, 7:] == 0).all()
+        assert (grad[0, :, 4:] == 0).all()
+        assert (grad[1, :, 7:] == 0).all()
         assert grad.isfinite().all()
 
 
@@ -183,18 +183,34 @@ def test_rows_without_a_key_have_no_gradient(device):
     bias[:, :, 3] = -INFINITY
     output, *grads = _gradients(attention, (*rows, bias))
     assert (output[:, :, 3] == 0).all()
-    assert (grads[0][:, :, 3] == 0).all() and (grads[3][:, :, 3] == 0).all()
+    assert (grads[0][:, :, 3] == 0).all()
+    assert (grads[3][:, :, 3] == 0).all()
     assert all(grad.isfinite().all() for grad in grads)
 
 
-@pytest.mark.parametrize(
-    "size", [(1, 2, 11, 14), (3, 1, 11, 14), (1, 1, 11, 14), (1, 2, 1, 14), (3, 2, 11, 1), (1, 1, 1, 1)]
-)
+@pytest.mark.parametrize("size", [(1, 2, 11, 14), (3, 1, 11, 14), (1, 1, 11, 14), (1, 2, 1, 14), (1, 1, 1, 14)])
 def test_gradient_of_a_broadcast_bias(size, device):
     rows, bias = _rows(3, 2, 11, 8, keys=14), torch.randn(size)
     ours = _gradients(attention, (*rows, bias))[4]
     exact = _gradients(F.scaled_dot_product_attention, [one.double() for one in (*rows, bias)])[4]
     assert_as_good(ours, _gradients(F.scaled_dot_product_attention, (*rows, bias))[4], exact, size)
+
+
+@pytest.mark.parametrize("size", [(3, 2, 11, 1), (1, 1, 11, 1), (1, 1, 1, 1)])
+def test_a_bias_that_is_the_same_for_all_keys_has_no_gradient(size, device):
+    rows, bias = _rows(3, 2, 11, 8, keys=14), torch.randn(size)
+    output, *_, grad = _gradients(attention, (*rows, bias))
+    torch.testing.assert_close(output, attention(*rows))
+    assert grad.shape == bias.shape
+    assert grad.abs().max() < 1e-4 * 66 / bias.numel() ** 0.5
+
+
+def test_one_key_has_a_weight_of_one(device):
+    query, key, value = _rows(2, 2, 9, 8, keys=1)
+    output, by_query, by_key, by_value = _gradients(attention, (query, key, value))
+    torch.testing.assert_close(output, value.expand_as(output))
+    assert max(by_query.abs().max(), by_key.abs().max()) < 1e-5
+    torch.testing.assert_close(by_value, torch.full_like(value, 9.0))
 
 
 def test_the_number_of_threads_does_not_matter(device):

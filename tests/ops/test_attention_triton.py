@@ -205,7 +205,8 @@ def test_features_are_cut_in_two_where_that_is_less():
     ]
 
 
-def test_long_calls_by_tensor_cores_are_supported_and_others_not():
+def test_long_calls_by_tensor_cores_are_supported_and_others_not(monkeypatch):
+    monkeypatch.setattr(triton_run, "_machine", lambda index: Machine(90, 132))
     with FakeTensorMode():
         rows = [torch.empty(2, 4, 600, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
         assert ours.supports(*rows, None, 0.0)

@@ -48,13 +48,12 @@ def attention(
     Matches `torch.nn.functional.scaled_dot_product_attention`; more than that: a gradient of ``bias`` that is reduced
     over its broadcast dimensions as it is made, ``window``, ``key_lengths``, causal together with a bias, and the
     logarithms of the sums. Query i looks at key j where ``i - left <= j <= i + right``, counted from the first of each.
-    A row that looks at no key gives zeros, with zero gradients. Keys and values that no query of a head looks at, for
-    whatever reason, do not matter, even where they are NaN; one that is masked for some queries alone acts on the others
-    as there.
+    A row that looks at no key gives zeros, with zero gradients. Keys and values that no query of a head looks at do not
+    matter, even where they are NaN; one that is masked for some queries alone acts on the others as there.
 
     Args:
-        query (Tensor[B, H, L, D]): float16, bfloat16, float32 or float64; D is 1 to 256. Any strides, packed ones too; a
-            last one other than 1 is copied. Fewer dimensions, or more before the last two, as PyTorch takes them.
+        query (Tensor[B, H, L, D]): float16, bfloat16, float32 or float64; D is 1 to 256. Any strides, packed ones too;
+            a last one other than 1 is copied. Fewer dimensions, or more before the last two, as PyTorch takes them.
         key (Tensor[B, H, S, D]): Of query's dtype.
         value (Tensor[B, H, S, E]): Of query's dtype; E is 1 to 256.
         bias (Tensor, broadcastable to [B, H, L, S]): Added to the scores; of query's dtype, or float32 beside 16 bits.
@@ -87,13 +86,13 @@ def attention(
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{_OP}: expected dropout_p to be in [0, 1), but got {dropout_p}")
     left, right = _ends(window, is_causal)
-    lead = query.shape[:-2]
-    if query.dim() != 4:
-        query, key, value, bias = _as_four(query, key, value, bias)
+    whole = query.dim() == key.dim() == value.dim() == 4
+    if not whole or (not enable_gqa and not query.shape[:2] == key.shape[:2] == value.shape[:2]):
+        lead, query, key, value, bias = _as_four(query, key, value, bias)
+    else:
+        lead = query.shape[:-2]
     if bias is not None and bias.dim() < 4:
         bias = bias[(None,) * (4 - bias.dim())]
-    if not enable_gqa and query.dim() == key.dim() == 4:
-        require(query.size(1) == key.size(1), _OP, "key to have {} heads as query has", key.shape, query.size(1))
     if not autocasts(query):
         check(query, key, value, bias, key_lengths)
     if scale is None:
@@ -136,13 +135,16 @@ def _ends(window: Any, is_causal: bool) -> tuple[int, int]:
 
 
 def _as_four(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
-    """Leading dimensions, of which PyTorch takes any number, as two."""
-    lead = query.shape[:-2]
+    """Leading dimensions, of which PyTorch takes any number and broadcasts them, as two."""
     for name, rows in (("query", query), ("key", key), ("value", value)):
-        require(rows.dim() == query.dim() >= 2, _OP, f"{name} to have query's dimensions, at least 2", rows.shape)
-        require(rows.shape[:-2] == lead, _OP, f"{name} to have the sizes {list(lead)} of query first", rows.shape)
+        require(rows.dim() >= 2, _OP, f"{name} to have at least 2 dimensions", rows.shape)
+    try:
+        lead = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    except RuntimeError:
+        sizes = [list(key.shape), list(value.shape)]
+        require(False, _OP, f"key and value to broadcast to query's first sizes {list(query.shape[:-2])}", sizes)
     if bias is not None and bias.dim() > 2:
-        if len(lead) > 2 or bias.dim() != query.dim():
+        if len(lead) > 2 or bias.dim() != len(lead) + 2:
             bias = bias.expand(*lead, *bias.shape[-2:])
         bias = _four(bias, bias.shape[:-2])
-    return _four(query, lead), _four(key, lead), _four(value, lead), bias
+    return lead, *(_four(rows.expand(*lead, *rows.shape[-2:]), lead) for rows in (query, key, value)), bias

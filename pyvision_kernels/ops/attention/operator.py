@@ -26,7 +26,7 @@ def check(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, key_le
             )
         require(rows.dtype == query.dtype, _OP, f"{name} to be {query.dtype} as query is", rows.dtype)
         require(rows.device == query.device, _OP, f"{name} to be on {query.device} as query is", rows.device)
-    B, H, L, D = query.shape
+    B, H, _, D = query.shape
     G, S = key.shape[1:3]
     require(
         key.size(0) == B and key.size(3) == D,
@@ -82,9 +82,9 @@ def _fake_backward(grad, grad_lse, query, key, value, bias, *rest):
     return (*grads, bias.new_empty(bias.shape) if rest[-1] else query.new_empty((0,)))
 
 
-def _setup(ctx, inputs, outputs):
+def _setup(ctx, inputs, output):
     query, key, value, bias, key_lengths, seed, *ctx.options = inputs
-    ctx.save_for_backward(query, key, value, bias, key_lengths, seed, *outputs)
+    ctx.save_for_backward(query, key, value, bias, key_lengths, seed, *output)
     ctx.set_materialize_grads(False)
 
 
@@ -97,10 +97,7 @@ def _backward(ctx, grad, grad_lse):
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     needs = ctx.needs_input_grad[:4]
     inputs = (grad, grad_lse, query, key, value, bias, key_lengths, seed, output, lse, *ctx.options, needs[3])
-    if torch.is_grad_enabled():
-        grads = composed(*inputs)
-    else:
-        grads = attention_backward_op(*inputs)
+    grads = composed(*inputs) if torch.is_grad_enabled() else attention_backward_op(*inputs)
     return (*(found if needed else None for found, needed in zip(grads, needs, strict=True)), *nothing[4:])
 
 
@@ -138,7 +135,7 @@ def _vmap(info, in_dims, query, key, value, bias, key_lengths, seed, *options):
 
 
 def folded(size: int, in_dims: Any, query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None) -> Any:
-    """With the dimension of vmap in that of batches. in_dims: of an operator's arguments, key_lengths but one behind."""
+    """With the dimension of vmap in that of batches. in_dims: of the operator's arguments."""
     rows = [_batched(one, dim, size).flatten(0, 1) for one, dim in zip((query, key, value), in_dims, strict=False)]
     if key_lengths is not None:
         key_lengths = _batched(key_lengths, in_dims[4], size).flatten()
@@ -154,7 +151,7 @@ def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> Any:
 
 
 def cast(query, key, value, bias, *rest):
-    dtype = torch.getcast_dtype(query.device.type)
+    dtype = torch.get_autocast_dtype(query.device.type)
     rows = [tensor.to(dtype) if tensor.dtype in (*HALF, torch.float32) else tensor for tensor in (query, key, value)]
     if bias is not None and bias.dtype in (*HALF, torch.float32):
         bias = bias.to(dtype)

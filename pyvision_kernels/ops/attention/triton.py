@@ -1,7 +1,7 @@
 """Long attention without a bias by Triton, in float16 and bfloat16.
 
-Both directions are operators of `torch.library.triton_op`, so that torch.compile sees the kernels. `supports` says which
-calls are worth it; all others are for the CUDA kernels in C++.
+Both directions are operators of `torch.library.triton_op`, so that torch.compile sees the kernels. `supports` says
+which calls are worth it; all others are for the CUDA kernels in C++.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from pyvision_kernels.ops.conv2d import triton_run
 from pyvision_kernels.ops.conv2d.triton_launch import Launch, Machine
 
 try:
-    import triton
-
     from pyvision_kernels.ops.attention import triton_kernels
 
     MISSING = ""
@@ -56,10 +54,12 @@ def supports(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dro
         and query.is_cuda
         and query.dtype in HALF
         and min(features) >= _LEAST_FEATURES
-        and _LEAST_KEYS <= key.size(2)
+        and key.size(2) >= _LEAST_KEYS
         and query.size(2) + key.size(2) < 2**30
         and query.size(0) * query.size(1) * query.size(2) < 2**31
         and available()
+        # Registers do not suffice for pointers to rows that are not a multiple of 16 apart.
+        and (triton_run._machine(query.get_device()).arch >= 90 or not any(size % 16 for size in features))
     )
 
 
@@ -293,9 +293,9 @@ def _gradients(
     return grads
 
 
-def _setup(ctx, inputs, outputs):
+def _setup(ctx, inputs, output):
     query, key, value, lengths, *ctx.options = inputs
-    ctx.save_for_backward(query, key, value, lengths, *outputs)
+    ctx.save_for_backward(query, key, value, lengths, *output)
     ctx.set_materialize_grads(False)
 
 
