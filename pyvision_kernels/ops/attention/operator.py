@@ -82,9 +82,9 @@ def _fake_backward(grad, grad_lse, query, key, value, bias, *rest):
     return (*grads, bias.new_empty(bias.shape) if rest[-1] else query.new_empty((0,)))
 
 
-def _setup(ctx, inputs, outputs):
+def _setup(ctx, inputs, output):
     query, key, value, bias, key_lengths, seed, *ctx.options = inputs
-    ctx.save_for_backward(query, key, value, bias, key_lengths, seed, *outputs)
+    ctx.save_for_backward(query, key, value, bias, key_lengths, seed, *output)
     ctx.set_materialize_grads(False)
 
 
@@ -154,7 +154,7 @@ def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> Any:
 
 
 def cast(query, key, value, bias, *rest):
-    dtype = torch.getcast_dtype(query.device.type)
+    dtype = torch.get_autocast_dtype(query.device.type)
     rows = [tensor.to(dtype) if tensor.dtype in (*HALF, torch.float32) else tensor for tensor in (query, key, value)]
     if bias is not None and bias.dtype in (*HALF, torch.float32):
         bias = bias.to(dtype)

@@ -293,9 +293,9 @@ def _gradients(
     return grads
 
 
-def _setup(ctx, inputs, outputs):
+def _setup(ctx, inputs, output):
     query, key, value, lengths, *ctx.options = inputs
-    ctx.save_for_backward(query, key, value, lengths, *outputs)
+    ctx.save_for_backward(query, key, value, lengths, *output)
     ctx.set_materialize_grads(False)
 
 
