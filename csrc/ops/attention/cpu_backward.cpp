@@ -213,16 +213,15 @@ class Backward {
     return end;
   }
 
-  // Sum of grad_output * output of a query, less the gradient of its logarithm.
-  T delta_of(int64_t b, int64_t h, int64_t i) const {
+  // The sum of a query's weights * their gradients: that of grad_output * output is the same.
+  PVK_INLINE T delta_of(int64_t b, int64_t h, int64_t i) const {
     const auto grad = rows_of<scalar_t>(params_.grad_output, params_.grad_output_stride, b, h, i);
     const auto output = rows_of<scalar_t>(static_cast<const void*>(p_.output), p_.output_stride, b, h, i);
     Vec<T> sum{};
     for (int64_t c = 0; c < p_.E; c += kLanes<T>)
       sum = fma(load_at_most<scalar_t, T>(grad.data + c, p_.E - c), load_at_most<scalar_t, T>(output.data + c, p_.E - c),
                 sum);
-    const T of_lse = params_.grad_lse == nullptr ? T(0) : static_cast<const T*>(params_.grad_lse)[(b * p_.H + h) * p_.L + i];
-    return sum_of_lanes<T>(sum) - of_lse;
+    return sum_of_lanes<T>(sum);
   }
 
   // Of a row's columns [begin, end): products become weights, and the gradients of the scores.
@@ -236,22 +235,16 @@ class Backward {
     const T* const bias = thread.bias.is_given() ? thread.bias.row(k.b, q.h, query, {first, last}) + origin : nullptr;
     const ScoreRow<T> row(weights, bias, T(p_.scale), first - origin, last - origin);
     const T lse = static_cast<const T*>(p_.lse)[(k.b * p_.H + q.h) * p_.L + query];
-    const T center = lse == -kInfinity<T> ? kInfinity<T> : lse, delta = delta_of(k.b, q.h, query);
-    const auto each = [&](const auto& factor_of) __attribute__((always_inline)) {
-      row.each([&](int64_t c, Vec<T> x) __attribute__((always_inline)) {
-        const Vec<T> weight = exp_of<T>(x - center), factor = factor_of(c);
-        const Vec<T> slope = weight * (load(slopes + c) * factor - delta);
-        store(weights + c, weight * factor);
-        store(slopes + c, x == splat(-kInfinity<T>) ? Vec<T>{} : slope);
-      });
-    };
+    const T center = lse == -kInfinity<T> ? kInfinity<T> : lse;
     if (thread.dropout.is_given()) {
       T* const kept = thread.kept.data();
       for (int64_t c = 0; c < end - begin; ++c) kept[c] = T(1);
       thread.dropout.apply(kept + row.begin, k.b, q.h, query, first, last);
-      each([&](int64_t c) __attribute__((always_inline)) { return load(kept + c); });
+      differentiate_row(row, slopes, center, k.b, q.h, query,
+                        [&](int64_t c) __attribute__((always_inline)) { return load(kept + c); });
     } else {
-      each([&](int64_t) __attribute__((always_inline)) { return splat(T(1)); });
+      differentiate_row(row, slopes, center, k.b, q.h, query,
+                        [](int64_t) __attribute__((always_inline)) { return splat(T(1)); });
     }
     row.each_outside(end - begin, [&](int64_t c) __attribute__((always_inline)) {
       store(weights + c, Vec<T>{});
@@ -259,6 +252,33 @@ class Backward {
     });
     if (bias_.is_given() && first < last)
       bias_.add(slopes + row.begin, thread.copy, k.b, q.h, query, first, last - first);
+  }
+
+  // A masked weight is -0 until its slope is made. Where the row is whole, weights are made to sum to 1 again, which
+  // the rounding of a large logarithm spoils.
+  template <typename Factor>
+  PVK_INLINE void differentiate_row(const ScoreRow<T>& row, T* slopes, T center, int64_t b, int64_t h, int64_t i,
+                                    const Factor& factor_of) const {
+    T* const weights = row.scores;
+    const Vec<T> masked = splat(T(-0.0));
+    Vec<T> sum{}, slope_sum{};
+    row.each([&](int64_t c, Vec<T> x) __attribute__((always_inline)) {
+      const Vec<T> weight = exp_of<T>(x - center);
+      sum += weight;
+      slope_sum = fma(weight, load(slopes + c) * factor_of(c), slope_sum);
+      store(weights + c, x == splat(-kInfinity<T>) ? masked : weight);
+    });
+    const bool is_whole = plan_.key_blocks == 1;
+    const T total = is_whole ? sum_of_lanes<T>(sum) : T(1), share = total == T(0) ? T(0) : T(1) / total;
+    const T delta = is_whole ? sum_of_lanes<T>(slope_sum) * share : delta_of(b, h, i);
+    const T* const grad_lse = static_cast<const T*>(params_.grad_lse);
+    const T center_of_slopes = grad_lse == nullptr ? delta : delta - grad_lse[(b * p_.H + h) * p_.L + i];
+    for (int64_t c = row.first; c < row.last; c += kLanes<T>) {
+      const Vec<T> weight = load(weights + c), scaled = weight * share, factor = factor_of(c);
+      const Vec<T> slope = scaled * (load(slopes + c) * factor - center_of_slopes);
+      store(weights + c, scaled * factor);
+      store(slopes + c, (Mask<T>)weight == (Mask<T>)masked ? Vec<T>{} : slope);
+    }
   }
 
   // Weights and slopes as the products read them: by columns, by columns, by rows from column `begin` on.

@@ -33,7 +33,7 @@ PVK_INLINE void multiply_tile(const Product<T>& p, int64_t first) {
 }
 
 template <bool kColumns, typename T>
-void multiply(const Product<T>& p) {
+void multiply_part(const Product<T>& p) {
   with_vectors(p.vectors, [&](auto v) __attribute__((always_inline)) {
     constexpr int kVectors = decltype(v)::value;
     for_tiles<kTileRows[kVectors]>(p.rows, [&](int64_t row, auto n) __attribute__((always_inline)) {
@@ -42,6 +42,21 @@ void multiply(const Product<T>& p) {
   });
 }
 
+template <bool kColumns, typename T>
+void multiply(const Product<T>& p) {
+  // Where a multiply-add is rounded twice, sums are made in two halves, which lose less.
+  if (kRegisterBytes == 16 && !kColumns && p.depth >= 16 && p.depth < 128) {
+    Product<T> half = p;
+    half.depth = p.depth / 2;
+    multiply_part<kColumns>(half);
+    half.left += half.depth;
+    half.panel += half.depth * p.vectors * kLanes<T>;
+    half.depth = p.depth - half.depth;
+    half.accumulate = true;
+    return multiply_part<kColumns>(half);
+  }
+  multiply_part<kColumns>(p);
+}
 }  // namespace
 
 void multiply_rows(const Product<float>& product) {
