@@ -11,12 +11,14 @@ _OURS = "pyvision_kernels.convert.detection"
 
 # Stock class -> ours, which an instance becomes by a change of its `__class__`: both have the same attributes.
 TABLE = {
+    "torch.nn.modules.activation.MultiheadAttention": "pyvision_kernels.nn.MultiheadAttention",
     "torch.nn.modules.batchnorm.BatchNorm1d": "pyvision_kernels.nn.BatchNorm1d",
     "torch.nn.modules.batchnorm.BatchNorm2d": "pyvision_kernels.nn.BatchNorm2d",
     "torch.nn.modules.conv.Conv1d": "pyvision_kernels.nn.Conv1d",
     "torch.nn.modules.conv.Conv2d": "pyvision_kernels.nn.Conv2d",
     "torch.nn.modules.instancenorm.InstanceNorm2d": "pyvision_kernels.nn.InstanceNorm2d",
     "torch.nn.modules.linear.Linear": "pyvision_kernels.nn.Linear",
+    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear": "pyvision_kernels.nn.NonDynamicallyQuantizableLinear",
     "torch.nn.modules.loss.CrossEntropyLoss": "pyvision_kernels.nn.CrossEntropyLoss",
     "torch.nn.modules.normalization.GroupNorm": "pyvision_kernels.nn.GroupNorm",
     "torch.nn.modules.normalization.LayerNorm": "pyvision_kernels.nn.LayerNorm",
@@ -27,6 +29,7 @@ TABLE = {
     "torch.nn.modules.pooling.MaxPool1d": "pyvision_kernels.nn.MaxPool1d",
     "torch.nn.modules.pooling.MaxPool2d": "pyvision_kernels.nn.MaxPool2d",
     "torch.nn.modules.pooling.MaxUnpool2d": "pyvision_kernels.nn.MaxUnpool2d",
+    "torch.nn.modules.transformer.TransformerEncoderLayer": "pyvision_kernels.nn.TransformerEncoderLayer",
     "torch.nn.modules.upsampling.Upsample": "pyvision_kernels.nn.Upsample",
     "torch.nn.modules.upsampling.UpsamplingBilinear2d": "pyvision_kernels.nn.UpsamplingBilinear2d",
     "torch.nn.modules.upsampling.UpsamplingNearest2d": "pyvision_kernels.nn.UpsamplingNearest2d",

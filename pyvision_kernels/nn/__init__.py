@@ -8,6 +8,11 @@ from pyvision_kernels.nn.cross_entropy_loss import CrossEntropyLoss
 from pyvision_kernels.nn.group_norm import GroupNorm, InstanceNorm2d
 from pyvision_kernels.nn.linear import Linear
 from pyvision_kernels.nn.max_pool2d import AdaptiveMaxPool2d, MaxPool1d, MaxPool2d, MaxUnpool2d
+from pyvision_kernels.nn.multihead_attention import (
+    MultiheadAttention,
+    NonDynamicallyQuantizableLinear,
+    TransformerEncoderLayer,
+)
 from pyvision_kernels.nn.norm import BatchNorm1d, BatchNorm2d, LayerNorm
 from pyvision_kernels.nn.ps_roi_align import PSRoIAlign, PSRoIPool
 from pyvision_kernels.nn.roi_align import RoIAlign
@@ -35,10 +40,13 @@ __all__ = [
     "MaxPool2d",
     "MaxUnpool2d",
     "MultiScaleRoIAlign",
+    "MultiheadAttention",
+    "NonDynamicallyQuantizableLinear",
     "PSRoIAlign",
     "PSRoIPool",
     "RoIAlign",
     "RoIPool",
+    "TransformerEncoderLayer",
     "Upsample",
     "UpsamplingBilinear2d",
     "UpsamplingNearest2d",
