@@ -28,8 +28,8 @@ class MultiheadAttention(Layer, nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` by our kernels; same arguments, parameters and state_dict.
 
     Query, key and value are projected in one product where they are one tensor, and the heads are read where the
-    product left them. The weights of ``need_weights=True`` follow from the logarithms of the sums, so that the output is
-    the same with and without them; a query that looks at no key gets zeros, where torch's has NaN.
+    product left them. The weights of ``need_weights=True`` follow from the logarithms of the sums, so that the output
+    is the same with and without them; a query that looks at no key gets zeros, where torch's has NaN.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -49,7 +49,7 @@ class MultiheadAttention(Layer, nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """[L, N, E], [S, N, kdim], [S, N, vdim] -> [L, N, E], and weights [N, L, S] or [N, H, L, S]; as torch's."""
         masks = key_padding_mask, attn_mask
-        if any(map(is_for_torch, (query, key, value))):
+        if query.is_nested or any(map(is_for_torch, (query, key, value))):
             options = need_weights, attn_mask, average_attn_weights, is_causal
             return super().forward(query, key, value, key_padding_mask, *options)
         batched = F._mha_shape_check(query, key, value, *masks, self.num_heads)
@@ -60,7 +60,7 @@ class MultiheadAttention(Layer, nn.MultiheadAttention):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         heads = self._with_more_keys(*self._projected(query, key, value))
         plainly_causal = is_causal and key_padding_mask is None and not need_weights
-        bias = None if plainly_causal else self._bias(key_padding_mask, attn_mask, heads)
+        bias = None if plainly_causal else self._bias(key_padding_mask, attn_mask, query.dtype)
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights and dropout:
@@ -125,9 +125,8 @@ class MultiheadAttention(Layer, nn.MultiheadAttention):
             key, value = (F.pad(rows, (0, 0, 0, 1)) for rows in (key, value))
         return query, key, value
 
-    def _bias(self, padding: Tensor | None, mask: Tensor | None, heads: tuple[Tensor, ...]) -> Tensor | None:
+    def _bias(self, padding: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Both masks as one bias [N or 1, H or 1, L or 1, S]: bool, True where a key is looked at, or added."""
-        query, key, _ = heads
         parts = []
         if mask is not None:
             parts.append(mask.unflatten(0, (-1, self.num_heads)) if mask.dim() == 3 else mask[None, None])
@@ -136,9 +135,9 @@ class MultiheadAttention(Layer, nn.MultiheadAttention):
         if not parts:
             return None
         as_bool = all(part.dtype == torch.bool for part in parts)
-        parts = [~part if as_bool else _added(part, query.dtype) for part in parts]
+        parts = [~part if as_bool else _added(part, dtype) for part in parts]
         bias = parts[0] if len(parts) == 1 else parts[0] & parts[1] if as_bool else parts[0] + parts[1]
-        more = key.size(2) - bias.size(3)
+        more = int(self.bias_k is not None) + int(self.add_zero_attn)
         return F.pad(bias, (0, more), value=as_bool) if more else bias
 
 
@@ -167,9 +166,7 @@ def _weights(query: Tensor, key: Tensor, bias: Tensor | None, lse: Tensor) -> Te
     return (_scores(query, key, bias).to(lse.dtype) - lse).exp().to(query.dtype)
 
 
-def _composed(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float
-) -> tuple[Tensor, Tensor]:
+def _composed(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
     """Output and weights by PyTorch's operators: with dropout, torch's layer returns those that it left."""
     weights = F.dropout(_scores(query, key, bias).softmax(-1), dropout)
     return weights @ value, weights
@@ -197,7 +194,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         """[L, N, E], or [N, L, E] where ``batch_first`` -> the same."""
-        if is_for_torch(src):
+        if src.is_nested or is_for_torch(src):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         masks = src_mask, src_key_padding_mask, is_causal
         if not self.norm_first:
