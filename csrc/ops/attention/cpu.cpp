@@ -196,7 +196,7 @@ class Forward {
     const T center = largest == -kInfinity<T> ? T(0) : largest;
     Vec<T> sum{};
     for (int64_t c = row.first; c < row.last; c += kLanes<T>) {
-      const Vec<T> weight = exp_of<T>(load(scores + c) - center);
+      const Vec<T> weight = weight_of<T>(load(scores + c) - center);
       store(scores + c, weight);
       sum += weight;
     }

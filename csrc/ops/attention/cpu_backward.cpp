@@ -263,7 +263,7 @@ class Backward {
     const Vec<T> masked = splat(T(-0.0));
     Vec<T> sum{}, slope_sum{};
     row.each([&](int64_t c, Vec<T> x) __attribute__((always_inline)) {
-      const Vec<T> weight = exp_of<T>(x - center);
+      const Vec<T> weight = weight_of<T>(x - center);
       sum += weight;
       slope_sum = fma(weight, load(slopes + c) * factor_of(c), slope_sum);
       store(weights + c, x == splat(-kInfinity<T>) ? masked : weight);

@@ -113,6 +113,23 @@ PVK_INLINE T largest_of_lanes(Vec<T> value) {
   }
 }
 
+// exp(x) for x up to about 0, as exp_of() makes it; 0 below kWeightLow, where it is 1e-37 (double: 1e-307) and less.
+template <typename T>
+inline constexpr T kWeightLow = sizeof(T) == 4 ? T(-86) : T(-706);
+
+template <typename T>
+PVK_INLINE Vec<T> weight_of(Vec<T> x) {
+  using C = MathConstants<T>;
+  const Vec<T> shifted = fma(x, splat(T(1.4426950408889634)), splat(C::kRounder));
+  const Vec<T> whole = shifted - C::kRounder;
+  Vec<T> r = fma(whole, splat(-C::kLn2High), x);
+  r = fma(whole, splat(-C::kLn2Low), r);
+  const Vec<T> power = fma(r * r, polynomial(C::kExp, r), r) + T(1);
+  const Vec<T> result = (Vec<T>)((Mask<T>)power + ((Mask<T>)shifted << C::kMantissa));
+  const Mask<T> is_small = x < splat(kWeightLow<T>);
+  return (Vec<T>)((Mask<T>)(x == x ? result : x) & ~is_small);
+}
+
 // A row's scores in the columns [begin, end); `bias` is that of column 0, or null. Columns are whole registers from
 // `first` to `last`, which hold those.
 template <typename T>
