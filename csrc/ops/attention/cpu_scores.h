@@ -99,8 +99,16 @@ void find_absent(const AttentionParams& p, BiasRows<scalar_t>& bias, int64_t b, 
   }
 }
 
+// The larger; not of NaN, which the sum of exponentials keeps.
 template <typename T>
-PVK_INLINE Vec<T> larger_of(Vec<T> a, Vec<T> b) {  // not of NaN, which the sum of exponentials keeps
+PVK_INLINE Vec<T> larger_of(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_maskz_max_ps(__mmask16(-1), (__m512)b, (__m512)a);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_maskz_max_pd(__mmask8(-1), (__m512d)b, (__m512d)a);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_max_ps((__m256)b, (__m256)a);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm256_max_pd((__m256d)b, (__m256d)a);
+#endif
   return a < b ? b : a;
 }
 
@@ -150,6 +158,21 @@ struct ScoreRow {
   PVK_INLINE void each(const Body& body) const {
     if (bias == nullptr) return each_of<false>(body);
     each_of<true>(body);
+  }
+
+  // The largest score before it is scaled, masked ones having become -infinity. Without a bias.
+  PVK_INLINE T largest_unscaled() const {
+    Vec<T> most = splat(-kInfinity<T>);
+    for (int64_t c = first; c < last; c += kLanes<T>) {
+      Vec<T> x = load(scores + c);
+      if (c < begin || c + kLanes<T> > end) {
+        x = first_lanes<T>(end - c) ? x : splat(-kInfinity<T>);
+        x = first_lanes<T>(begin - c) ? splat(-kInfinity<T>) : x;
+        store(scores + c, x);
+      }
+      most = larger_of<T>(most, x);
+    }
+    return largest_of_lanes<T>(most);
   }
 
   // Of the other registers of [0, width).
