@@ -147,9 +147,8 @@ class Forward {
       for (; panel < keys.count && begin + width < range.end; ++panel) {
         const int vectors = keys.vectors_of(panel);
         if (width + vectors * kLanes<T> > most) break;
-        multiply_rows(Product<In>{left.data, left.stride, rows, p_.D,
-                                  packed + panel_offset<In>(keys, panel, p_.D), vectors, thread.scores.data() + width,
-                                  thread.pitch, false});
+        multiply_rows(Product<In>{left.data, left.stride, rows, p_.D, packed + panel_offset<In>(keys, panel, p_.D),
+                                  vectors, thread.scores.data() + width, thread.pitch, false});
         width += vectors * kLanes<T>;
       }
       add_keys(thread, {b, h, first, rows, begin, width, keys.outputs, is_first}, packed);
@@ -191,7 +190,8 @@ class Forward {
     const KeyRange range = window_of(p_, k.keys, k.first + i, k.first + i);
     const int64_t end = max_of(k.begin, min_of(range.end, k.begin + k.width));
     const int64_t begin = min_of(end, max_of(range.begin, k.begin));
-    const T* const bias = thread.bias.is_given() ? thread.bias.row(k.b, k.h, k.first + i, {begin, end}) + k.begin : nullptr;
+    const T* const bias =
+        thread.bias.is_given() ? thread.bias.row(k.b, k.h, k.first + i, {begin, end}) + k.begin : nullptr;
     const ScoreRow<T> row(scores, bias, T(p_.scale), begin - k.begin, end - k.begin);
     const T before = thread.largest[i];
     T largest, scale = T(1);  // of what is in scores
