@@ -185,7 +185,12 @@ ATTENTION = OpCases(
     errors=(
         _error("query_sizes", RuntimeError, "expected query to have", query=torch.ones(8)),
         _error("key_batches", RuntimeError, "expected key to have 2 batches", key=torch.ones(3, 4, 3, 8)),
-        _error("key_features", RuntimeError, "expected key to have 2 batches and 8 features as query has", key=torch.ones(2, 4, 3, 7)),
+        _error(
+            "key_features",
+            RuntimeError,
+            "expected key to have 2 batches and 8 features as query has",
+            key=torch.ones(2, 4, 3, 7),
+        ),
         _error("heads", RuntimeError, "expected key to have 4 heads as query has", key=torch.ones(2, 2, 3, 8)),
         _error(
             "shared_heads",
