@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyvision_kernels._backend import CHOICE
 from pyvision_kernels._check import autocasts, require, require_tensors
+from pyvision_kernels._norm import HALF
 from pyvision_kernels.ops.attention import reference, triton
 from pyvision_kernels.ops.attention.operator import attention_op, by_rows, check
 
@@ -25,8 +26,18 @@ def _four(tensor: Tensor, lead: Sequence[int]) -> Tensor:
 
 
 def torch_is_faster(query: Tensor, key: Tensor, bias: Tensor | None) -> bool:
-    """By what was measured. On CUDA ours has not been timed."""
-    return query.is_cuda
+    """By what was measured: few queries, and calls too small to be worth one of ours. On CUDA ours has not been timed.
+
+    With a bias on the CPU ours runs: a key that it masks for all may be NaN.
+    """
+    if query.is_cuda:
+        return True
+    if bias is not None:
+        return False
+    products = query.numel() * key.size(2)
+    if query.dtype in HALF:
+        return products < 1 << 20
+    return query.size(2) < 16 or products < 1 << 23
 
 
 def attention(
