@@ -144,10 +144,10 @@ def found_in(model: str) -> tuple[Layer, ...]:
 
     def note(name: str, conv: Any, maps: Tensor) -> None:
         ends = name.endswith((".up", "head"))
+        height, width = maps.shape[2:]
+        steps = conv.kernel_size, conv.stride, conv.padding
         layer = Layer(
-            model,
-            *(conv.in_channels, maps.shape[2], maps.shape[3], conv.out_channels),
-            *(conv.kernel_size, conv.stride, conv.padding, conv.groups, conv.bias is not None),
+            *(model, conv.in_channels, height, width, conv.out_channels, *steps, conv.groups, conv.bias is not None),
             transposed=conv.transposed,
             norm=not ends,
             residual=name.endswith("conv3"),  # of a bottleneck
