@@ -214,7 +214,8 @@ def run(
         if job.direction == "forward":
             more["kernels"] = pvk.explain(ours)
     if tune:
-        more["auto"] = _tuned(ours, makers["eager, channels_last"](module, *inputs), clock, seconds)
+        with pvk.backend("auto"), peers.searching():
+            more["auto"] = _tuned(ours_of(job, module, inputs), makers[EAGER[1]](module, *inputs), clock, seconds)
     rows = [{**_row({**labels, "mode": "eager"}, compared.timings, errors), **more}]
     if replays:
         rows.append({**_row({**labels, "mode": "graph"}, replays, errors), **more})
@@ -222,11 +223,10 @@ def run(
 
 
 def _tuned(ours: pair.Call, peer: pair.Call, clock: pair.Clock, seconds: float) -> dict[str, Any]:
-    """The time against a peer, with what the tuner chose among PyTorch's kernels and ours."""
-    with pvk.backend("auto"), peers.searching():
-        with pvk.tuning():
-            ours()
-        return {**asdict(pair.interleave(ours, peer, clock, seconds)), "kernels": pvk.explain(ours)}
+    """The time against a peer, with what the tuner chooses among PyTorch's kernels and ours."""
+    with pvk.tuning():
+        ours()
+    return {**asdict(pair.interleave(ours, peer, clock, seconds)), "kernels": pvk.explain(ours)}
 
 
 @torch.no_grad()
