@@ -123,8 +123,8 @@ def run_part(part: str, options: argparse.Namespace, console: Console) -> tuple[
     budget = BUDGETS[part][options.size] if options.device == "cuda" else math.inf
     budget = budget if options.budget is None else options.budget
     if part == MODELS:
-        return models.run_all(options.size, console, options.device, budget)
-    return convolutions.run_all(options.size, console, options.device, budget, options.tune)
+        return models.run_all(options.size, console, options.device, budget, options.match)
+    return convolutions.run_all(options.size, console, options.device, budget, options.match, options.tune)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -138,6 +138,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", metavar="OP", help="this op alone, and nothing end to end; or: models, convolutions")
     parser.add_argument("--budget", type=float, help="seconds after which no model or layer of the matrix is begun")
+    parser.add_argument("--match", default="", help="models and layers of the matrix with this in their names alone")
     parser.add_argument("--tune", action="store_true", help="tune each layer of the matrix too, on a GPU")
     parser.add_argument("--no-verify", action="store_true", help="where the test suite has just passed")
     options = parser.parse_args(arguments)

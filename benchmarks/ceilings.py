@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -62,11 +63,18 @@ def precision(dtype: torch.dtype, device: str, op: str) -> str:
 def tf32(allowed: bool) -> Iterator[None]:
     """Whether convolutions and matrix products on CUDA may round float32 to tf32, within the block."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+    _allow_tf32(allowed, allowed)
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+        _allow_tf32(*before)
+
+
+def _allow_tf32(convolutions: bool, products: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions recommend newer flags, which older ones lack
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.backends.cuda.matmul.allow_tf32 = products
 
 
 def measure(device: str, smoke: bool = False) -> Ceilings:
@@ -101,7 +109,7 @@ def _copy(device: str, size: int) -> float:
 def _product(device: str, side: int, dtype: torch.dtype, rounded: bool = False) -> float:
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     b, out = b.t(), torch.empty_like(a)
-    with tf32(rounded) if device == "cuda" else contextlib.nullcontext():
+    with tf32(rounded):
         return 2.0 * side**3 / _fastest(lambda: torch.mm(a, b, out=out), pair.clock_of(device))
 
 

@@ -314,6 +314,8 @@ def test_what_is_out_of_time_is_named():
     rows, failed, skipped = convolutions.run_all("smoke", report.Console(quiet=True), "cpu", budget=-1.0)
     assert (rows, failed) == ([], [])
     assert skipped == ["convolutions overhead of conv2d", "convolutions overhead of linear", *jobs]
+    rows, _, skipped = convolutions.run_all("smoke", report.Console(quiet=True), "cpu", match="transposed")
+    assert ([row["case"] for row in rows], skipped) == ([convolutions.jobs("smoke")[1].case], [])
     assert models.run_all("smoke", report.Console(quiet=True), budget=-1.0) == (
         [],
         [],
