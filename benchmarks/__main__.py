@@ -168,6 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.print("verify failed: what computes the wrong thing is not timed", style="red")
         return 1
     measured = ceilings.measure(options.device, options.smoke)
+    console.print(f"at best: {measured}", highlight=False)
     rows: list[report.Row] = []
     failed: list[str] = []
     skipped: list[str] = []

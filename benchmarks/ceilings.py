@@ -40,10 +40,17 @@ class Ceilings:
         return max(bytes / self.bytes_per_second, flops / self.flops_per_second[precision])
 
     def judge(self, row: dict[str, Any]) -> None:
-        """Gives a row that counts its work a `floor`, in seconds, and its `share` of our time."""
+        """Gives a row that counts its work the rates of ours, a `floor` in seconds, and its `share` of our time."""
         if "work" in row:
-            row["floor"] = self.floor(**row["work"])
-            row["share"] = row["floor"] / row["ours"]["median"]
+            work, seconds = row["work"], row["ours"]["median"]
+            row["gb_per_s"], row["gflop_per_s"] = work["bytes"] / seconds / 1e9, work["flops"] / seconds / 1e9
+            row["floor"] = self.floor(**work)
+            row["share"] = row["floor"] / seconds
+
+    def __str__(self) -> str:
+        rates = [f"{name} {rate / 1e9:.3g} GFLOP/s" for name, rate in self.flops_per_second.items()]
+        launch = [] if self.launch is None else [f"a launch {self.launch * 1e6:.2g} us"]
+        return ", ".join([f"a copy {self.bytes_per_second / 1e9:.4g} GB/s", *rates, *launch])
 
 
 def work_of(bytes: float, flops: float, precision: str) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 A row of the record has the labels op, case, dtype, layout, direction, mode, provider; `ours`, `peer` (seconds of a
 call) and `ratio` (peer / ours), each with median, q1, q3; rounds; error, peer_error and allowed (relative to the
-largest value; absent end to end); gb_per_s and gflop_per_s of ours (forward only); source_hash of the kernel. Where the
-work is counted: `work` (bytes, flops, precision), `floor`, the seconds that it takes at least by the ceilings of the
+largest value; absent end to end); source_hash of the kernel. Where its work is counted: `work` (bytes, flops,
+precision), gb_per_s and gflop_per_s of ours, `floor`, the seconds that the work takes at least by the ceilings of the
 device, and `share`, the floor over ours.
 """
 

@@ -186,8 +186,6 @@ def _time(benchmark: Any, row: Row, result: Result, seconds_of_row: float) -> No
         inputs = _inputs(row.case, row.dtype, row.device, row.layout)
         output = row.spec.op(**inputs)
         moved, flops = row.spec.bytes(inputs, output), row.spec.flops(inputs, output)
-        info["gb_per_s"] = moved / timing.ours.median / 1e9
-        info["gflop_per_s"] = flops / timing.ours.median / 1e9
         precision = ceilings.precision(row.dtype, row.device, row.spec.family)
         info["work"] = ceilings.work_of(moved, flops, precision)
     benchmark.extra_info.update(info)

@@ -225,6 +225,8 @@ def test_the_floor_is_of_whatever_takes_longer():
     row = {"work": ceilings.work_of(200.0, 500.0, "bfloat16"), "ours": {"median": 4.0}}
     limits.judge(row)
     assert (row["floor"], row["share"]) == (2.0, 0.5)
+    assert (row["gb_per_s"], row["gflop_per_s"]) == (50e-9, 125e-9)
+    assert str(limits) == "a copy 1e-07 GB/s, bfloat16 1e-06 GFLOP/s"
 
 
 def test_ceilings_are_measured_on_the_cpu():
@@ -299,6 +301,30 @@ def test_smoke_of_the_matrix():
         assert row["work"]["flops"] > 0
     assert "pvk" in rows[2]["kernels"][0]
     assert "relu" in rows[2]["kernels"][0]
+
+
+def test_short_calls_on_a_gpu_are_replayed_too(monkeypatch):
+    """What a GPU would run, with the CPU in its place; a peer that cannot be captured is named."""
+    made, captured = convolutions._made, []
+
+    def graphed(call: pair.Call) -> pair.Call:
+        captured.append(call)
+        if len(captured) == 4:  # ours, eager, ours, eager in channels_last
+            raise RuntimeError("cannot be captured")
+        return call
+
+    monkeypatch.setattr(convolutions, "_made", lambda job, device: made(job, "cpu"))
+    monkeypatch.setattr(convolutions, "LAUNCH_BOUND", 60.0)
+    monkeypatch.setattr(pair, "clock_of", lambda device: pair.host_clock("cpu"))
+    monkeypatch.setattr(pair, "graphed", graphed)
+    forward, _, _, _, backward = convolutions.jobs("smoke")
+    (eager, graph), left_out = convolutions.run(forward, "cuda", 0.0, convolutions.EAGER, tune=True)
+    assert (eager["mode"], graph["mode"]) == ("eager", "graph")
+    assert (set(eager["peers"]), set(graph["peers"])) == (set(convolutions.EAGER), {"eager"})
+    assert left_out == {"eager, channels_last, graph": "cannot be captured"}
+    assert eager["auto"]["ratio"]["median"] > 0
+    (row,), left_out = convolutions.run(backward, "cuda", 0.0, convolutions.EAGER)
+    assert (row["mode"], left_out) == ("eager", {})
 
 
 def test_a_wrong_layer_gets_no_speed_up(monkeypatch):
@@ -421,6 +447,7 @@ def test_gpu_runs_the_emulators_kernels_unless_one_op_is_asked_for():
     everything, one = (gpu.stages(["nms"], only) for only in ("", "nms"))
     (stage,) = [stage for stage in everything if "tests/simt" in stage.command]
     assert (stage.name, stage.op, stage.check) == ("suite-core", sources.CORE, "suite")
+    assert [stage.name for stage in everything[-3:]] == ["benchmarks", "convolutions", "models"]
     assert [stage.name for stage in one] == ["build", "suite-nms", "memcheck-nms", "racecheck-nms", "benchmarks-nms"]
 
 
