@@ -216,10 +216,11 @@ def run(
     if tune:
         with pvk.backend("auto"), peers.searching():
             more["auto"] = _tuned(ours_of(job, module, inputs), makers[EAGER[1]](module, *inputs), clock, seconds)
+    left_out = more["left_out"] = {**compared.left_out, **unable}
     rows = [{**_row({**labels, "mode": "eager"}, compared.timings, errors), **more}]
     if replays:
         rows.append({**_row({**labels, "mode": "graph"}, replays, errors), **more})
-    return rows, {**compared.left_out, **unable}
+    return rows, left_out
 
 
 def _tuned(ours: pair.Call, peer: pair.Call, clock: pair.Clock, seconds: float) -> dict[str, Any]:

@@ -249,6 +249,7 @@ def as_rows(outcome: Outcome) -> list[report.Row]:
             "peer_error": compared.errors[name],
             "allowed": outcome.allowed,
             "peers": {peer: asdict(timing) for peer, timing in timings.items()},
+            "left_out": compared.left_out,
             "work": work_of(model),
         }
         for name in names
