@@ -59,6 +59,7 @@ def tuner(tmp_path, monkeypatch):
     monkeypatch.setattr(TUNER, "folder", lambda: tmp_path)
     monkeypatch.setattr(TUNER, "identity", lambda gpu: {**IDENTITY, "gpu": gpu})
     monkeypatch.setattr(TUNER, "_tables", {})
+    monkeypatch.setattr(choice, "arch_of", {GPU: 90}.__getitem__)
     yield TUNER
     CHOICE.renew()
 
@@ -201,7 +202,6 @@ class FakeTriton:
 def triton(monkeypatch):
     monkeypatch.setattr(choice, "_triton", FakeTriton)
     monkeypatch.setattr(choice, "_configs", [])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
 
 
 @pytest.mark.usefixtures("triton")
