@@ -1,0 +1,11 @@
+// The forward kernel of attention, of float16.
+#include "ops/attention/cuda_kernels.h"
+#include "ops/attention/forward.cuh"
+
+namespace pvk::attention {
+
+void forward_float16(const AttentionParams& p, Stream stream) {
+  dispatch_half(p, [&]<int FEATURES>() { run_forward<__half, FEATURES>(p, stream); });
+}
+
+}  // namespace pvk::attention

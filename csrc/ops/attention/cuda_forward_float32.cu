@@ -1,0 +1,11 @@
+// The forward kernel of attention, of float32.
+#include "ops/attention/cuda_kernels.h"
+#include "ops/attention/forward.cuh"
+
+namespace pvk::attention {
+
+void forward_float32(const AttentionParams& p, Stream stream) {
+  dispatch_wide(p, [&]<int FEATURES>() { run_forward<float, FEATURES>(p, stream); });
+}
+
+}  // namespace pvk::attention

@@ -1,0 +1,11 @@
+// The forward kernel of attention, of float64.
+#include "ops/attention/cuda_kernels.h"
+#include "ops/attention/forward.cuh"
+
+namespace pvk::attention {
+
+void forward_float64(const AttentionParams& p, Stream stream) {
+  dispatch_wide(p, [&]<int FEATURES>() { run_forward<double, FEATURES>(p, stream); });
+}
+
+}  // namespace pvk::attention
