@@ -174,7 +174,8 @@ def in_layout(tensor: Tensor, layout: str) -> Tensor:
     if layout == "transposed" and tensor.dim() == 4:
         return tensor.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "strided" and tensor.dim() > 0:
-        absent = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+        is_bool = tensor.dtype == torch.bool
+        absent = float("nan") if tensor.is_floating_point() else is_bool or torch.iinfo(tensor.dtype).max
         wide = tensor.new_full([2 * size + 1 for size in tensor.shape], absent)
         view = wide[tuple(slice(1, None, 2) for _ in tensor.shape)]
         return view.copy_(tensor)

@@ -20,7 +20,7 @@ void check_rows(const char* op, const char* argument, const Tensor& rows, const 
   PVK_CHECK(rows.dim() == 4, op, ": expected ", argument, " to have 4 dimensions, but got ", shape_of(rows));
   PVK_CHECK(rows.scalar_type() == query.scalar_type(), op, ": expected ", argument, " to be ", query.scalar_type(),
             " as query is, but got ", rows.scalar_type());
-  PVK_CHECK(rows.stride(3) == 1 || rows.size(3) <= 1, op, ": expected ", argument,
+  PVK_CHECK(rows.stride(3) == 1 || rows.size(3) <= 1 || rows.numel() == 0, op, ": expected ", argument,
             " to have a last stride of 1, but got ", rows.stride(3));
   check_same_device(op, argument, rows, "query", query);
 }

@@ -23,9 +23,6 @@ struct Choice {
 template <typename scalar_t, int FEATURES, int RESIDENT>
 struct Shape {
   static constexpr int kVec = kVec16<scalar_t>, kRow = kPitch<scalar_t, FEATURES>;
-  static constexpr Choice kChoices[] = {{4, 64, 2}, {4, 32, 2}, {4, 16, 2}, {2, 16, 2},
-                                        {4, 16, 1}, {2, 16, 1}, {1, 16, 1}};
-
   // In elements; a warp's part of the weights is beside its rows.
   static constexpr int stage_size(int columns) { return 2 * columns * kRow; }
   static constexpr int rows_size(int warps, int columns) {
@@ -37,6 +34,7 @@ struct Shape {
            int(sizeof(scalar_t));
   }
   static constexpr Choice choose() {
+    constexpr Choice kChoices[] = {{4, 64, 2}, {4, 32, 2}, {4, 16, 2}, {2, 16, 2}, {4, 16, 1}, {2, 16, 1}, {1, 16, 1}};
     for (const Choice& choice : kChoices)
       if (bytes(choice) <= kMostShared) return choice;
     return {};
