@@ -9,6 +9,10 @@ namespace {
 
 constexpr int kBlockThreads = 256;
 
+dim3 grid_for(int64_t count, int64_t of_block) {
+  return dim3(grid_of("attention", ceil_div(count, of_block)));
+}
+
 template <typename bias_t>
 PVK_DEVICE bool is_masked(bias_t bias) {
   if constexpr (std::is_same_v<bias_t, uint8_t>) {
@@ -47,9 +51,85 @@ void find_absent(const AttentionParams& p, void* absent, Stream stream) {
   const int64_t count = absent_bytes(p);
   if (count == 0) return;
   dispatch_bias(p, [&]<typename bias_t>() {
-    launch(attention_absent_kernel<bias_t>,
-           {dim3(grid_of("attention", ceil_div(count, int64_t(kBlockThreads)))), dim3(kBlockThreads), 0, stream}, p,
+    launch(attention_absent_kernel<bias_t>, {grid_for(count, kBlockThreads), dim3(kBlockThreads), 0, stream}, p,
            static_cast<uint8_t*>(absent), count);
+  });
+}
+
+// delta = dot(grad_output, output) - grad_lse: a warp owns a row.
+template <typename scalar_t>
+__global__ void __launch_bounds__(kBlockThreads)
+    attention_delta_kernel(const __grid_constant__ AttentionBackwardParams p, opmath_t<scalar_t>* delta) {
+  using T = opmath_t<scalar_t>;
+  const AttentionParams& f = p.forward;
+  const int lane = int(threadIdx.x) % kWarpSize;
+  const int64_t row = int64_t(blockIdx.x) * (kBlockThreads / kWarpSize) + warp_number();
+  if (row >= f.B * f.H * f.L) return;
+  const int64_t head = row / f.L, i = row % f.L;
+  const Rows<scalar_t> grads(p.grad_output, p.grad_output_stride, head / f.H, head % f.H, f.E);
+  const Rows<scalar_t> outputs(f.output, f.output_stride, head / f.H, head % f.H, f.E);
+  T sum = T(0);
+  for (int e = lane; e < grads.features; e += kWarpSize) {
+    sum = fma(to_opmath(__ldg(grads.data + i * grads.stride + e)),
+              to_opmath(__ldg(outputs.data + i * outputs.stride + e)), sum);
+  }
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) sum += shfl_xor(sum, mask);
+  if (lane == 0) delta[row] = p.grad_lse == nullptr ? sum : sum - __ldg(static_cast<const T*>(p.grad_lse) + row);
+}
+
+// grad_bias = its parts, in their order.
+template <typename bias_t>
+__global__ void __launch_bounds__(kBlockThreads)
+    attention_bias_parts_kernel(const opmath_t<bias_t>* partials, bias_t* grad_bias, int64_t parts, int64_t count) {
+  const int64_t index = int64_t(blockIdx.x) * kBlockThreads + threadIdx.x;
+  if (index >= count) return;
+  opmath_t<bias_t> sum = 0;
+  for (int64_t part = 0; part < parts; ++part) sum += __ldg(partials + part * count + index);
+  grad_bias[index] = from_opmath<bias_t>(sum);
+}
+
+int64_t bias_count(const AttentionBackwardParams& p) {
+  return p.bias_size[0] * p.bias_size[1] * p.bias_size[2] * p.bias_size[3];
+}
+
+// Where the parts of the backward's scratch lie, in bytes.
+struct BackwardScratch {
+  int64_t absent, partials, end, parts;
+
+  template <typename scalar_t>
+  static BackwardScratch of(const AttentionBackwardParams& p) {
+    constexpr int64_t kBytes = sizeof(opmath_t<scalar_t>), kAlign = 16;
+    const AttentionParams& f = p.forward;
+    BackwardScratch scratch;
+    scratch.parts = p.grad_bias == nullptr ? 0 : Kernels<scalar_t>::bias_parts(p);
+    scratch.absent = f.B * f.H * f.L * kBytes;
+    scratch.partials = ceil_div(scratch.absent + absent_bytes(f), kAlign) * kAlign;
+    scratch.end = scratch.partials + (scratch.parts > 1 ? scratch.parts * bias_count(p) * kBytes : 0);
+    return scratch;
+  }
+};
+
+template <typename scalar_t>
+void run_backward(const AttentionBackwardParams& p, Stream stream) {
+  using T = opmath_t<scalar_t>;
+  const AttentionParams& f = p.forward;
+  const auto places = BackwardScratch::of<scalar_t>(p);
+  uint8_t* const scratch = static_cast<uint8_t*>(p.scratch);
+  T* const delta = reinterpret_cast<T*>(scratch);
+  launch(attention_delta_kernel<scalar_t>,
+         {grid_for(f.B * f.H * f.L, kBlockThreads / kWarpSize), dim3(kBlockThreads), 0, stream}, p, delta);
+  find_absent(f, scratch + places.absent, stream);
+  const BackwardCall call = {p, delta, scratch + places.absent, scratch + places.partials, places.parts};
+  Kernels<scalar_t>::backward(call, stream);
+  if (places.parts == 0) return;
+  Kernels<scalar_t>::backward_bias(call, stream);
+  if (places.parts == 1) return;
+  dispatch_bias(f, [&]<typename bias_t>() {
+    if constexpr (std::is_same_v<opmath_t<bias_t>, T>) {
+      launch(attention_bias_parts_kernel<bias_t>,
+             {grid_for(bias_count(p), kBlockThreads), dim3(kBlockThreads), 0, stream},
+             static_cast<const T*>(call.partials), static_cast<bias_t*>(p.grad_bias), places.parts, bias_count(p));
+    }
   });
 }
 
@@ -59,25 +139,19 @@ int64_t forward_scratch(const AttentionParams& p) {
   return absent_bytes(p);
 }
 
-void forward(const AttentionParams& p, Stream stream) {
-  find_absent(p, p.scratch, stream);
-  switch (p.dtype) {
-    case DType::kFloat16:
-      return forward_float16(p, stream);
-    case DType::kBFloat16:
-      return forward_bfloat16(p, stream);
-    case DType::kFloat32:
-      return forward_float32(p, stream);
-    case DType::kFloat64:
-      return forward_float64(p, stream);
-  }
+int64_t backward_scratch(const AttentionBackwardParams& p) {
+  int64_t bytes = 0;
+  dispatch_dtype(p.forward.dtype, [&]<typename scalar_t>() { bytes = BackwardScratch::of<scalar_t>(p).end; });
+  return bytes;
 }
 
-int64_t backward_scratch(const AttentionBackwardParams&) {
-  return 0;
+void forward(const AttentionParams& p, Stream stream) {
+  find_absent(p, p.scratch, stream);
+  dispatch_dtype(p.dtype, [&]<typename scalar_t>() { Kernels<scalar_t>::forward(p, stream); });
 }
-void backward(const AttentionBackwardParams&, Stream) {
-  throw std::runtime_error("stub");
+
+void backward(const AttentionBackwardParams& p, Stream stream) {
+  dispatch_dtype(p.forward.dtype, [&]<typename scalar_t>() { run_backward<scalar_t>(p, stream); });
 }
 
 }  // namespace pvk::attention

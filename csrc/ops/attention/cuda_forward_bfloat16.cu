@@ -4,8 +4,9 @@
 
 namespace pvk::attention {
 
-void forward_bfloat16(const AttentionParams& p, Stream stream) {
-  dispatch_half(p, [&]<int FEATURES>() { run_forward<__nv_bfloat16, FEATURES>(p, stream); });
+template <>
+void Kernels<__nv_bfloat16>::forward(const AttentionParams& p, Stream stream) {
+  dispatch_features<__nv_bfloat16>(p, [&]<int FEATURES>() { run_forward<__nv_bfloat16, FEATURES>(p, stream); });
 }
 
 }  // namespace pvk::attention

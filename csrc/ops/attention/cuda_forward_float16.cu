@@ -4,8 +4,9 @@
 
 namespace pvk::attention {
 
-void forward_float16(const AttentionParams& p, Stream stream) {
-  dispatch_half(p, [&]<int FEATURES>() { run_forward<__half, FEATURES>(p, stream); });
+template <>
+void Kernels<__half>::forward(const AttentionParams& p, Stream stream) {
+  dispatch_features<__half>(p, [&]<int FEATURES>() { run_forward<__half, FEATURES>(p, stream); });
 }
 
 }  // namespace pvk::attention

@@ -4,8 +4,9 @@
 
 namespace pvk::attention {
 
-void forward_float32(const AttentionParams& p, Stream stream) {
-  dispatch_wide(p, [&]<int FEATURES>() { run_forward<float, FEATURES>(p, stream); });
+template <>
+void Kernels<float>::forward(const AttentionParams& p, Stream stream) {
+  dispatch_features<float>(p, [&]<int FEATURES>() { run_forward<float, FEATURES>(p, stream); });
 }
 
 }  // namespace pvk::attention

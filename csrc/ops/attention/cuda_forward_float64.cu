@@ -4,8 +4,9 @@
 
 namespace pvk::attention {
 
-void forward_float64(const AttentionParams& p, Stream stream) {
-  dispatch_wide(p, [&]<int FEATURES>() { run_forward<double, FEATURES>(p, stream); });
+template <>
+void Kernels<double>::forward(const AttentionParams& p, Stream stream) {
+  dispatch_features<double>(p, [&]<int FEATURES>() { run_forward<double, FEATURES>(p, stream); });
 }
 
 }  // namespace pvk::attention

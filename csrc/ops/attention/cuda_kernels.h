@@ -8,24 +8,35 @@ namespace pvk::attention {
 
 // body.operator()<FEATURES>() with the least number that D and E fit into.
 template <int FIRST, int... MORE, typename Body>
-void dispatch_features(const AttentionParams& p, const Body& body) {
+auto dispatch_among(const AttentionParams& p, const Body& body) {
   if constexpr (sizeof...(MORE) > 0) {
-    if (max_of(p.D, p.E) > FIRST) return dispatch_features<MORE...>(p, body);
+    if (max_of(p.D, p.E) > FIRST) return dispatch_among<MORE...>(p, body);
   }
-  body.template operator()<FIRST>();
+  return body.template operator()<FIRST>();
 }
-template <typename Body>
-void dispatch_half(const AttentionParams& p, const Body& body) {
-  dispatch_features<16, 32, 48, 64, 80, 96, 128, 160, 192, 256>(p, body);
-}
-template <typename Body>
-void dispatch_wide(const AttentionParams& p, const Body& body) {
-  dispatch_features<16, 32, 64, 80, 128, 256>(p, body);
+template <typename scalar_t, typename Body>
+auto dispatch_features(const AttentionParams& p, const Body& body) {
+  if constexpr (sizeof(scalar_t) == 2) {
+    return dispatch_among<16, 32, 48, 64, 80, 96, 128, 160, 192, 256>(p, body);
+  } else {
+    return dispatch_among<16, 32, 64, 80, 128, 256>(p, body);
+  }
 }
 
-void forward_float16(const AttentionParams& params, Stream stream);
-void forward_bfloat16(const AttentionParams& params, Stream stream);
-void forward_float32(const AttentionParams& params, Stream stream);
-void forward_float64(const AttentionParams& params, Stream stream);
+struct BackwardCall {
+  AttentionBackwardParams params;
+  const void* delta;      // [B, H, L] of opmath
+  const uint8_t* absent;  // of absent_bytes()
+  void* partials;         // [parts, bias's elements] of opmath, where parts > 1
+  int64_t parts;          // that each tile of grad_bias's sum is split into
+};
+
+template <typename scalar_t>
+struct Kernels {
+  static void forward(const AttentionParams& params, Stream stream);
+  static void backward(const BackwardCall& call, Stream stream);  // of query, key and value
+  static int64_t bias_parts(const AttentionBackwardParams& params);
+  static void backward_bias(const BackwardCall& call, Stream stream);
+};
 
 }  // namespace pvk::attention

@@ -72,25 +72,23 @@ __global__ void __launch_bounds__(ForwardShape<scalar_t, FEATURES>::kMostWarps* 
   SIMT_DYN_SHARED(unsigned char, memory);
   const Shared<Shape, scalar_t> shared(memory, 1);
   const int lane = int(threadIdx.x) % kWarpSize;
-  const int64_t tiles = ceil_div(p.L, int64_t(shared.rows)), head = blockIdx.x / tiles;
-  const int64_t b = head / p.H, h = head % p.H, g = h / (p.H / p.G), first = blockIdx.x % tiles * shared.rows;
-  const int64_t keys_end = keys_end_of(p, b), end = min_of(keys_end, min_of(first + shared.rows, p.L) + p.right);
-  const int64_t first_tile = max_of(first - p.left, int64_t(0)) / C;
-  const int64_t count = max_of(ceil_div(end, int64_t(C)) - first_tile, int64_t(0));
-  const Rows<scalar_t> query(p.query, p.query_stride, b, h, p.D), key(p.key, p.key_stride, b, g, p.D);
-  const Rows<scalar_t> value(p.value, p.value_stride, b, g, p.E);
-  const uint8_t* const absent = absent_of(p, static_cast<const uint8_t*>(p.scratch), b, h);
-  Place<scalar_t, false> place = {b, h, first + int(threadIdx.x) / kWarpSize * kWarpRows<scalar_t>, 0, p.L, keys_end};
+  const QueryTile<C> tile(p, blockIdx.x, shared.rows);
+  const Rows<scalar_t> query(p.query, p.query_stride, tile.b, tile.h, p.D);
+  const Rows<scalar_t> key(p.key, p.key_stride, tile.b, tile.g, p.D);
+  const Rows<scalar_t> value(p.value, p.value_stride, tile.b, tile.g, p.E);
+  const uint8_t* const absent = absent_of(p, static_cast<const uint8_t*>(p.scratch), tile.b, tile.h);
+  Place<scalar_t, false> place = {tile.b, tile.h, tile.first + warp_number() * kWarpRows<scalar_t>,
+                                  0,      p.L,    tile.keys_end};
 
   Softmax<scalar_t, FEATURES> softmax;
   softmax.begin();
-  if (count > 0) load_rows<FEATURES>(shared.resident, query, first, shared.rows, p.L);
+  if (tile.count > 0) load_rows<FEATURES>(shared.resident, query, tile.first, shared.rows, p.L);
   const auto load = [&](int64_t n) {
-    load_rows<FEATURES>(shared.stage(n, 0), key, (first_tile + n) * C, C, keys_end, absent);
-    load_rows<FEATURES>(shared.stage(n, 1), value, (first_tile + n) * C, C, keys_end, absent);
+    load_rows<FEATURES>(shared.stage(n, 0), key, (tile.first_tile + n) * C, C, tile.keys_end, absent);
+    load_rows<FEATURES>(shared.stage(n, 1), value, (tile.first_tile + n) * C, C, tile.keys_end, absent);
   };
-  walk<Shape::kStages>(count, load, [&](int64_t n) {
-    place.column = (first_tile + n) * C;
+  walk<Shape::kStages>(tile.count, load, [&](int64_t n) {
+    place.column = (tile.first_tile + n) * C;
     Scores<scalar_t, C> scores;
     multiply_rows<FEATURES>(scores, shared.mine(0), shared.stage(n, 0), lane);
     finish_scores(scores, p, place, lane);
@@ -105,7 +103,7 @@ __global__ void __launch_bounds__(ForwardShape<scalar_t, FEATURES>::kMostWarps* 
   });
   softmax.end();
 
-  T* const lse = static_cast<T*>(p.lse) + head * p.L;
+  T* const lse = static_cast<T*>(p.lse) + tile.head * p.L;
   T factors[kLaneRows<scalar_t>];
 #pragma unroll
   for (int r = 0; r < kLaneRows<scalar_t>; ++r) {
@@ -116,7 +114,7 @@ __global__ void __launch_bounds__(ForwardShape<scalar_t, FEATURES>::kMostWarps* 
       lse[row] = sum == T(0) ? minus_infinity<T>() : (softmax.max[r] + log2_of(sum)) * T(kLn2);
     }
   }
-  const Rows<scalar_t> output(p.output, p.output_stride, b, h, p.E);
+  const Rows<scalar_t> output(p.output, p.output_stride, tile.b, tile.h, p.E);
   store_rows<FEATURES>(output, place.row, p.L, softmax.output, shared.mine(0), lane,
                        [&](int r, T value) { return softmax.sum[r] == T(0) ? T(0) : value * factors[r]; });
 }
@@ -126,9 +124,9 @@ void run_forward(const AttentionParams& p, Stream stream) {
   using Shape = ForwardShape<scalar_t, FEATURES>;
   const int warps = Shape::warps_of(p.L);
   const int64_t blocks = p.B * p.H * ceil_div(p.L, int64_t(warps * kWarpRows<scalar_t>));
+  const size_t bytes = Shape::shared_bytes(warps, ceil_div(p.S, int64_t(Shape::kColumns)));
   launch(attention_forward_kernel<scalar_t, FEATURES>,
-         {dim3(grid_of("attention", blocks)), dim3(unsigned(warps * kWarpSize)), Shape::shared_bytes(warps, p.S), stream},
-         p);
+         {dim3(grid_of("attention", blocks)), dim3(unsigned(warps * kWarpSize)), bytes, stream}, p);
 }
 
 }  // namespace pvk::attention

@@ -1,6 +1,7 @@
-// What a warp multiplies: scores of its rows A by the columns B, A Bᵀ, and sums W B of B's rows by weights W that lie in
-// registers as scores do. 16-bit types go to tensor cores, others to fused multiply-adds. A and B lie in shared memory,
-// rows of kFeatures and a padding of 16 bytes: the vectors of 8 rows that follow each other lie in different banks.
+// What a warp multiplies: scores of its rows A by the columns B, A Bᵀ, and sums W B of B's rows by weights W that lie
+// in registers as scores do. 16-bit types go to tensor cores, others to fused multiply-adds. A and B lie in shared
+// memory, rows of kFeatures and a padding of 16 bytes: the vectors of 8 rows that follow each other lie in different
+// banks.
 #pragma once
 
 #include "core/math.h"
@@ -144,9 +145,8 @@ PVK_DEVICE void add_weighted(Sums<scalar_t, FEATURES>& to, Fragment<scalar_t, CO
   } else {
     constexpr int V = kVec16<scalar_t>, R = kLaneRows<scalar_t>, W = kWeightPitch<scalar_t, COLUMNS>;
     sync_warp();
-    weights.for_each([&](int r, int c, scalar_t value) {
-      scratch[weights.row(lane, r) * W + weights.column(lane, c)] = value;
-    });
+    weights.for_each(
+        [&](int r, int c, scalar_t value) { scratch[weights.row(lane, r) * W + weights.column(lane, c)] = value; });
     sync_warp();
 #pragma unroll 1
     for (int k = 0; k < COLUMNS; k += V) {

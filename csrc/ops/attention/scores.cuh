@@ -16,7 +16,8 @@ PVK_DEVICE T minus_infinity() {
 // Keys from here on are masked for every query of the batch.
 PVK_DEVICE int64_t keys_end_of(const AttentionParams& p, int64_t b) {
   int64_t end = min_of(p.S, p.L + p.right);
-  if (p.key_lengths != nullptr) end = min_of(end, int64_t(__ldg(reinterpret_cast<const long long*>(p.key_lengths) + b)));
+  if (p.key_lengths != nullptr)
+    end = min_of(end, int64_t(__ldg(reinterpret_cast<const long long*>(p.key_lengths) + b)));
   return max_of(end, int64_t(0));
 }
 
@@ -39,6 +40,29 @@ PVK_DEVICE opmath_t<scalar_t> weight_exp2(opmath_t<scalar_t> x) {
   } else {
     return exp2_of(x);
   }
+}
+
+// A block's tile of queries of a head, and the tiles of COLUMNS keys that any of them looks at.
+template <int COLUMNS>
+struct QueryTile {
+  int64_t head, b, h, g, first, keys_end, first_tile, count;
+
+  PVK_DEVICE QueryTile(const AttentionParams& p, int64_t index, int rows) {
+    const int64_t tiles = ceil_div(p.L, int64_t(rows));
+    head = index / tiles;
+    b = head / p.H;
+    h = head % p.H;
+    g = h / (p.H / p.G);
+    first = index % tiles * rows;
+    keys_end = keys_end_of(p, b);
+    first_tile = max_of(first - p.left, int64_t(0)) / COLUMNS;
+    const int64_t end = min_of(keys_end, min_of(first + rows, p.L) + p.right);
+    count = max_of(ceil_div(end, int64_t(COLUMNS)) - first_tile, int64_t(0));
+  }
+};
+
+PVK_DEVICE int64_t warp_number() {
+  return threadIdx.x / kWarpSize;
 }
 
 // A warp's tile of scores.

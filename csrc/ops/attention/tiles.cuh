@@ -1,8 +1,8 @@
 // What the kernels of attention share: the shape of a block's work, rows between global and shared memory, and from
 // products to scores.
 //
-// A block owns rows (queries or keys), which stay in shared memory, and walks along tiles of columns (the others), which
-// come by cp.async, the next tile beside the products of this one.
+// A block owns rows (queries or keys), which stay in shared memory, and walks along tiles of columns (the others),
+// which come by cp.async, the next tile beside the products of this one.
 #pragma once
 
 #include "core/activation.cuh"
@@ -49,8 +49,8 @@ struct Shape {
     const int64_t wanted = ceil_div(rows, int64_t(kWarpRows<scalar_t>));
     return wanted > 2 ? kMostWarps : int(min_of(wanted, int64_t(kMostWarps)));
   }
-  static size_t shared_bytes(int warps, int64_t columns) {
-    return size_t(bytes({warps, kColumns, columns > kColumns ? kStages : 1}));
+  static size_t shared_bytes(int warps, int64_t steps) {
+    return size_t(bytes({warps, kColumns, steps > 1 ? kStages : 1}));
   }
 };
 

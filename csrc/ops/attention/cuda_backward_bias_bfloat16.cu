@@ -1,0 +1,18 @@
+// The gradient of attention's bias, of bfloat16.
+#include "ops/attention/backward_bias.cuh"
+
+namespace pvk::attention {
+
+template <>
+int64_t Kernels<__nv_bfloat16>::bias_parts(const AttentionBackwardParams& p) {
+  return dispatch_features<__nv_bfloat16>(p.forward,
+                                          [&]<int FEATURES>() { return parts_of_sum<__nv_bfloat16, FEATURES>(p); });
+}
+
+template <>
+void Kernels<__nv_bfloat16>::backward_bias(const BackwardCall& call, Stream stream) {
+  dispatch_features<__nv_bfloat16>(call.params.forward,
+                                   [&]<int FEATURES>() { run_backward_bias<__nv_bfloat16, FEATURES>(call, stream); });
+}
+
+}  // namespace pvk::attention
