@@ -22,6 +22,7 @@ import torch
 
 SHARED = {"80": 163, "86": 99, "89": 99, "90": 227, "100": 227, "120": 99}  # KB that a program may have
 PRODUCTS = ("HGMMA", "UTCHMMA", "HMMA", "FFMA")  # instructions that multiply, the largest first
+WITHOUT_PRODUCTS = ("conv2d_weight_sum_kernel", "attention_delta_kernel")
 HALF = (torch.bfloat16, torch.float16)
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -52,11 +53,27 @@ class Variant:
         return f"triton {self.direction} {kind} {' '.join(what)} {tile} w{self.config[3]} s{self.config[4]}"
 
 
+@dataclass(frozen=True)
+class OfAttention:
+    """The launches of a direction of attention to compile: 2 x 12 heads, 1000 queries and keys."""
+
+    arch: str
+    direction: str
+    dtype: torch.dtype
+    features: int
+    described: bool = True
+
+    @property
+    def name(self) -> str:
+        how = "" if self.described else ", by pointers"
+        return f"triton attention {self.direction} {NAMES[self.dtype]} of {self.features}{how}"
+
+
 @dataclass
 class Compiled:
     """What ptxas, Triton and the SASS say of a kernel."""
 
-    variant: Variant
+    variant: Variant | OfAttention
     kernel: str
     registers: int = 0
     stack: int = 0
@@ -92,6 +109,36 @@ def variants(archs: list[str], full: bool) -> list[Variant]:
     return found
 
 
+def variants_of_attention(archs: list[str], full: bool) -> list[OfAttention]:
+    half = torch.bfloat16
+    found = []
+    for arch in archs:
+        whole = full or arch == "90"
+        features = (16, 32, 64, 72, 80, 96, 128, 256) if full else (64, 72, 128, 256) if whole else (64,)
+        for direction in ("forward", "backward"):
+            found += [OfAttention(arch, direction, half, size) for size in features]
+            found.append(OfAttention(arch, direction, torch.float16, 64))
+            found.append(OfAttention(arch, direction, half, 64, described=False))
+    return found
+
+
+def launches_of_attention(variant: OfAttention) -> list[Any]:
+    """As the library plans them."""
+    from pyvision_kernels.ops.attention import triton as plan
+    from pyvision_kernels.ops.conv2d.triton_launch import Machine
+
+    B, H, L, D = 2, 12, 1000, variant.features
+    step = D if variant.described else D + 1
+    rows = [torch.empty((B, H, L, step), dtype=variant.dtype, device="meta")[..., :D] for _ in range(6)]
+    sums = [torch.empty((B, H, L), device="meta") for _ in range(2)]
+    machine, options = Machine(int(variant.arch), 132), (0.125, -1, -1)
+    query, key, value, output, grad, other = rows
+    if variant.direction == "forward":
+        return [plan.plan_forward(machine, query, key, value, None, output, sums[0], *options)]
+    grads = (query, key, other)
+    return plan.plan_backward(machine, grad, None, query, key, value, None, output, *sums, grads, *options)
+
+
 def launches(variant: Variant) -> list[Any]:
     """As the library plans them."""
     from pyvision_kernels.ops.conv2d import triton_launch as plan
@@ -125,9 +172,10 @@ def _source(launch: Any) -> Any:
     """The kernel as it is specialised for a launch: what is 1, a multiple of 16, or beyond 32 bits."""
     from triton.compiler import ASTSource
 
-    from pyvision_kernels.ops.conv2d import triton_kernels
+    from pyvision_kernels.ops.attention import triton_kernels as of_attention
+    from pyvision_kernels.ops.conv2d import triton_kernels as of_conv2d
 
-    kernel = getattr(triton_kernels, launch.kernel)
+    kernel = getattr(of_attention if launch.kernel.startswith("attention") else of_conv2d, launch.kernel)
     signature, constants, attributes = {}, {}, {}
     types = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
     for place, parameter in enumerate(kernel.params):
@@ -137,18 +185,22 @@ def _source(launch: Any) -> Any:
             constants[parameter.name] = value
             continue
         tensor = isinstance(value, torch.Tensor)
+        if type(value) is float:
+            signature[parameter.name] = "fp32"
+            continue
         signature[parameter.name] = types[value.dtype] if tensor else "i64" if abs(value) >= 2**31 else "i32"
         if tensor or value % 16 == 0:
             attributes[(place,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def compile_one(variant: Variant) -> list[Compiled]:
+def compile_one(variant: Variant | OfAttention) -> list[Compiled]:
     """In a process of its own: the kernels of a variant."""
-    return [_compile(variant, launch) for launch in launches(variant)]
+    planned = launches_of_attention(variant) if isinstance(variant, OfAttention) else launches(variant)
+    return [_compile(variant, launch) for launch in planned]
 
 
-def _compile(variant: Variant, launch: Any) -> Compiled:
+def _compile(variant: Variant | OfAttention, launch: Any) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -202,16 +254,18 @@ def problems_of(compiled: Compiled) -> list[str]:
         found.append(f"{name}: stack frame {compiled.stack} bytes, {compiled.spilled} bytes spilled")
     if compiled.shared > SHARED[variant.arch] * 1024:
         found.append(f"{name}: {compiled.shared} bytes of shared memory, more than {SHARED[variant.arch]} KB")
-    if compiled.kernel == "conv2d_weight_sum_kernel":
+    if compiled.kernel in WITHOUT_PRODUCTS:
         return found
     half, arch = variant.dtype in HALF, int(variant.arch)
+    if isinstance(variant, OfAttention) and variant.direction == "backward" and variant.features > 128:
+        arch = min(arch, 80)  # tiles are too small for the instructions of a warp group
     wanted = {
         "HGMMA": half and arch == 90,
         "UTCHMMA": half and arch == 100,
         "HMMA": (half or variant.precision == "tf32") and (arch < 90 or arch == 120),
         "FFMA": variant.dtype == torch.float32 and variant.precision == "ieee",
         "UTMALDG": compiled.descriptors,
-        "LDGSTS": not compiled.descriptors and variant.channels_last,
+        "LDGSTS": not compiled.descriptors and isinstance(variant, Variant) and variant.channels_last,
     }
     found += [
         f"{name}: expected {opcode} in the SASS"
@@ -225,7 +279,8 @@ def check(archs: list[str], full: bool) -> tuple[list[Compiled], list[str]]:
     """All of it, in two processes, or as many as MAX_JOBS says."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(int(os.environ.get("MAX_JOBS", "2")), mp_context=context) as pool:
-        compiled = [item for items in pool.map(compile_one, variants(archs, full)) for item in items]
+        chosen = [*variants(archs, full), *variants_of_attention(archs, full)]
+        compiled = [item for items in pool.map(compile_one, chosen) for item in items]
     return compiled, [problem for item in compiled for problem in problems_of(item)]
 
 
@@ -236,8 +291,12 @@ def print_table(compiled: list[Compiled]) -> None:
     archs = list(dict.fromkeys(item.variant.arch for item in compiled))
     rows: dict[str, dict[str, Compiled]] = {}
     for item in compiled:
-        if item.kernel != "conv2d_weight_sum_kernel":
-            rows.setdefault(item.variant.name, {})[item.variant.arch] = item
+        if item.kernel not in WITHOUT_PRODUCTS:
+            part = item.kernel.removeprefix("attention_backward_").removesuffix("_kernel")
+            name = item.variant.name
+            if item.kernel.startswith("attention_backward"):
+                name += f", {part}"
+            rows.setdefault(name, {})[item.variant.arch] = item
     table = Table(title="Triton: registers + shared memory (bytes), products by", title_justify="left")
     table.add_column("direction, type, taps, tile, warps, stages")
     for arch in archs:
