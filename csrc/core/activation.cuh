@@ -12,12 +12,6 @@ PVK_DEVICE float exp_of(float x) {
 PVK_DEVICE double exp_of(double x) {
   return exp(x);
 }
-PVK_DEVICE float exp2_of(float x) {
-  return exp2f(x);
-}
-PVK_DEVICE double exp2_of(double x) {
-  return exp2(x);
-}
 // One instruction; 0 below 2^-126.
 PVK_DEVICE float exp2_approx(float x) {
 #if defined(PVK_SIMT)
@@ -27,12 +21,6 @@ PVK_DEVICE float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #endif
-}
-PVK_DEVICE float log2_of(float x) {
-  return log2f(x);
-}
-PVK_DEVICE double log2_of(double x) {
-  return log2(x);
 }
 PVK_DEVICE float erf_of(float x) {
   return erff(x);

@@ -14,7 +14,7 @@ template <typename scalar_t, int FEATURES>
 using BackwardShape = Shape<scalar_t, FEATURES, 2>;
 
 // From scores and dot(grad_output, value), in `grads`, to kept weights and gradients of scores. stats(r, c, lse, delta)
-// tells of the query, with lse in units of log 2.
+// tells of the query, with lse in the scores' units.
 template <bool kByKey, typename scalar_t, int COLUMNS, int RUN, typename Stats>
 PVK_DEVICE void finish_gradients(Fragment<scalar_t, COLUMNS, RUN>& scores, Fragment<scalar_t, COLUMNS, RUN>& grads,
                                  const AttentionParams& p, const Place<scalar_t, kByKey>& place, int lane,
@@ -30,7 +30,7 @@ PVK_DEVICE void finish_gradients(Fragment<scalar_t, COLUMNS, RUN>& scores, Fragm
     T lse, delta;
     stats(r, c, lse, delta);
     const bool seen = score != minus_infinity<T>();
-    score = seen ? weight_exp2<scalar_t>(score - lse) : T(0);
+    score = seen ? exp_of_units<scalar_t>(score - lse) : T(0);
     grads.at(r, c) = seen ? score * (grads.at(r, c) - delta) : T(0);
   });
   if (p.seed != nullptr) {
@@ -51,7 +51,7 @@ struct RowStats {
 #pragma unroll
     for (int r = 0; r < kLaneRows<scalar_t>; ++r) {
       const int64_t row = first + lane / 4 + 8 * r, at = head * p.L + row;
-      lse[r] = row < p.L ? __ldg(static_cast<const T*>(p.lse) + at) * T(kLog2e) : T(0);
+      lse[r] = row < p.L ? __ldg(static_cast<const T*>(p.lse) + at) * T(kUnits<scalar_t>) : T(0);
       delta[r] = row < p.L ? __ldg(static_cast<const T*>(call.delta) + at) : T(0);
     }
   }
@@ -108,8 +108,6 @@ __global__ void __launch_bounds__(BackwardShape<scalar_t, FEATURES>::kMostWarps*
                        [&](int, T value) { return value * T(f.scale); });
 }
 
-enum class KeyGrads { kBoth, kKey, kValue };
-
 // Both gradients of a warp's keys fit into its registers where features are few; else a block has one of the two.
 template <int FEATURES>
 constexpr bool kBothFit = FEATURES <= 128;
@@ -149,13 +147,12 @@ PVK_DEVICE void load_column_stats(scalar_t* tile, const void* stats, int64_t fir
 }
 
 // Grid: tiles of keys of each (b, g).
-template <typename scalar_t, int FEATURES, KeyGrads kGrads>
+template <typename scalar_t, int FEATURES, bool kOfKey, bool kOfValue>
 __global__ void __launch_bounds__(BackwardShape<scalar_t, FEATURES>::kMostWarps* kWarpSize)
     attention_backward_key_kernel(const __grid_constant__ BackwardCall call) {
   using T = opmath_t<scalar_t>;
   using Shape = BackwardShape<scalar_t, FEATURES>;
   constexpr int C = Shape::kColumns;
-  constexpr bool kOfKey = kGrads != KeyGrads::kValue, kOfValue = kGrads != KeyGrads::kKey;
   const AttentionBackwardParams& p = call.params;
   const AttentionParams& f = p.forward;
   SIMT_DYN_SHARED(unsigned char, memory);
@@ -199,7 +196,7 @@ __global__ void __launch_bounds__(BackwardShape<scalar_t, FEATURES>::kMostWarps*
       grads.clear();
     }
     finish_gradients(scores, grads, f, place, lane, [&](int, int c, T& lse, T& delta) {
-      lse = *padding_of<scalar_t, FEATURES>(query, scores.column(lane, c)) * T(kLog2e);
+      lse = *padding_of<scalar_t, FEATURES>(query, scores.column(lane, c)) * T(kUnits<scalar_t>);
       delta = kOfKey ? *padding_of<scalar_t, FEATURES>(grad, scores.column(lane, c)) : T(0);
     });
     if (kOfValue) add_weighted<FEATURES>(value_sums, scores, grad, shared.my_weights(), lane);
@@ -243,10 +240,10 @@ void run_backward_rows(const BackwardCall& call, Stream stream) {
   run(attention_backward_query_kernel<scalar_t, FEATURES>, p.B * p.H, p.L, ceil_div(p.S, int64_t(Shape::kColumns)));
   const int64_t steps = ceil_div(p.L, int64_t(Shape::kColumns)) * (p.H / p.G);
   if constexpr (kBothFit<FEATURES>) {
-    run(attention_backward_key_kernel<scalar_t, FEATURES, KeyGrads::kBoth>, p.B * p.G, p.S, steps);
+    run(attention_backward_key_kernel<scalar_t, FEATURES, true, true>, p.B * p.G, p.S, steps);
   } else {
-    run(attention_backward_key_kernel<scalar_t, FEATURES, KeyGrads::kKey>, p.B * p.G, p.S, steps);
-    run(attention_backward_key_kernel<scalar_t, FEATURES, KeyGrads::kValue>, p.B * p.G, p.S, steps);
+    run(attention_backward_key_kernel<scalar_t, FEATURES, true, false>, p.B * p.G, p.S, steps);
+    run(attention_backward_key_kernel<scalar_t, FEATURES, false, true>, p.B * p.G, p.S, steps);
   }
 }
 

@@ -13,6 +13,10 @@ dim3 grid_for(int64_t count, int64_t of_block) {
   return dim3(grid_of("attention", ceil_div(count, of_block)));
 }
 
+// Of a row of delta.
+template <typename scalar_t>
+constexpr int kDeltaThreads = kIsHalf<scalar_t> ? kWarpSize : 1;
+
 template <typename bias_t>
 PVK_DEVICE bool is_masked(bias_t bias) {
   if constexpr (std::is_same_v<bias_t, uint8_t>) {
@@ -56,24 +60,27 @@ void find_absent(const AttentionParams& p, void* absent, Stream stream) {
   });
 }
 
-// delta = dot(grad_output, output) - grad_lse: a warp owns a row.
+// delta = dot(grad_output, output) - grad_lse: a thread owns a row, and sums as the products of scores do, so that of a
+// single key no rounding is left in its difference to dot(grad_output, value); a warp does of 16-bit types.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kBlockThreads)
     attention_delta_kernel(const __grid_constant__ AttentionBackwardParams p, opmath_t<scalar_t>* delta) {
   using T = opmath_t<scalar_t>;
+  constexpr int kThreads = kDeltaThreads<scalar_t>;
   const AttentionParams& f = p.forward;
-  const int lane = int(threadIdx.x) % kWarpSize;
-  const int64_t row = int64_t(blockIdx.x) * (kBlockThreads / kWarpSize) + warp_number();
+  const int lane = int(threadIdx.x) % kThreads;
+  const int64_t row = int64_t(blockIdx.x) * (kBlockThreads / kThreads) + threadIdx.x / kThreads;
   if (row >= f.B * f.H * f.L) return;
   const int64_t head = row / f.L, i = row % f.L;
   const Rows<scalar_t> grads(p.grad_output, p.grad_output_stride, head / f.H, head % f.H, f.E);
   const Rows<scalar_t> outputs(f.output, f.output_stride, head / f.H, head % f.H, f.E);
   T sum = T(0);
-  for (int e = lane; e < grads.features; e += kWarpSize) {
+  for (int e = lane; e < grads.features; e += kThreads) {
     sum = fma(to_opmath(__ldg(grads.data + i * grads.stride + e)),
               to_opmath(__ldg(outputs.data + i * outputs.stride + e)), sum);
   }
-  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) sum += shfl_xor(sum, mask);
+#pragma unroll
+  for (int mask = kThreads / 2; mask > 0; mask /= 2) sum += shfl_xor(sum, mask);
   if (lane == 0) delta[row] = p.grad_lse == nullptr ? sum : sum - __ldg(static_cast<const T*>(p.grad_lse) + row);
 }
 
@@ -117,7 +124,8 @@ void run_backward(const AttentionBackwardParams& p, Stream stream) {
   uint8_t* const scratch = static_cast<uint8_t*>(p.scratch);
   T* const delta = reinterpret_cast<T*>(scratch);
   launch(attention_delta_kernel<scalar_t>,
-         {grid_for(f.B * f.H * f.L, kBlockThreads / kWarpSize), dim3(kBlockThreads), 0, stream}, p, delta);
+         {grid_for(f.B * f.H * f.L, kBlockThreads / kDeltaThreads<scalar_t>), dim3(kBlockThreads), 0, stream}, p,
+         delta);
   find_absent(f, scratch + places.absent, stream);
   const BackwardCall call = {p, delta, scratch + places.absent, scratch + places.partials, places.parts};
   Kernels<scalar_t>::backward(call, stream);

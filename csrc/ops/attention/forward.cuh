@@ -36,11 +36,11 @@ struct Softmax {
       T total = T(0);
 #pragma unroll
       for (int c = 0; c < Scores::kCount; ++c) {
-        scores.at(r, c) = weight_exp2<scalar_t>(scores.at(r, c) - base);
+        scores.at(r, c) = exp_of_units<scalar_t>(scores.at(r, c) - base);
         total += scores.at(r, c);
       }
       if (!is_first) {
-        const T factor = weight_exp2<scalar_t>(max[r] - base);
+        const T factor = exp_of_units<scalar_t>(max[r] - base);
         total += sum[r] * factor;
 #pragma unroll
         for (int c = 0; c < output.kCount; ++c) output.at(r, c) *= factor;
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(ForwardShape<scalar_t, FEATURES>::kMostWarps* 
     const T sum = softmax.sum[r];
     factors[r] = T(1) / (sum * T(1 - p.dropout_p));
     if (lane % 4 == 0 && row < p.L) {
-      lse[row] = sum == T(0) ? minus_infinity<T>() : (softmax.max[r] + log2_of(sum)) * T(kLn2);
+      lse[row] = sum == T(0) ? minus_infinity<T>() : softmax.max[r] / T(kUnits<scalar_t>) + log_of(sum);
     }
   }
   const Rows<scalar_t> output(p.output, p.output_stride, tile.b, tile.h, p.E);

@@ -1,12 +1,15 @@
-// From products to scores, in units of log 2, -infinity where a key is masked; and what dropout keeps. Rows of a tile
-// are queries and columns keys, or, where kByKey, the other way round.
+// From products to scores, in units (log 2 for 16-bit types, whose exponentials are powers of 2), -infinity where a key
+// is masked; and what dropout keeps. Rows of a tile are queries and columns keys, or, where kByKey, the other way
+// round.
 #pragma once
 
 #include "ops/attention/tiles.cuh"
 
 namespace pvk::attention {
 
-constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+// Of scores: what 1 is.
+template <typename scalar_t>
+constexpr double kUnits = kIsHalf<scalar_t> ? 1.4426950408889634074 : 1.0;
 
 template <typename T>
 PVK_DEVICE T minus_infinity() {
@@ -32,14 +35,20 @@ PVK_DEVICE const uint8_t* absent_of(const AttentionParams& p, const uint8_t* abs
   return absent + ((p.bias_stride[0] == 0 ? 0 : b) * heads + (p.bias_stride[1] == 0 ? 0 : h)) * p.S;
 }
 
-// Exponentials of 16-bit types' weights are rounded to far fewer bits.
 template <typename scalar_t>
-PVK_DEVICE opmath_t<scalar_t> weight_exp2(opmath_t<scalar_t> x) {
+PVK_DEVICE opmath_t<scalar_t> exp_of_units(opmath_t<scalar_t> x) {
   if constexpr (kIsHalf<scalar_t>) {
     return exp2_approx(x);
   } else {
-    return exp2_of(x);
+    return exp_of(x);
   }
+}
+
+PVK_DEVICE float log_of(float x) {
+  return logf(x);
+}
+PVK_DEVICE double log_of(double x) {
+  return log(x);
 }
 
 // A block's tile of queries of a head, and the tiles of COLUMNS keys that any of them looks at.
@@ -98,13 +107,14 @@ struct Span {
   }
 };
 
-template <typename bias_t, typename T>
-PVK_DEVICE T biased(T score, bias_t bias) {
+template <typename scalar_t, typename bias_t>
+PVK_DEVICE opmath_t<scalar_t> biased(opmath_t<scalar_t> score, bias_t bias) {
+  using T = opmath_t<scalar_t>;
   if constexpr (std::is_same_v<bias_t, uint8_t>) {
     return bias != 0 ? score : minus_infinity<T>();
   } else {
     const T value = T(to_opmath(bias));
-    return value == minus_infinity<T>() ? value : fma(value, T(kLog2e), score);
+    return value == minus_infinity<T>() ? value : fma(value, T(kUnits<scalar_t>), score);
   }
 }
 
@@ -123,7 +133,8 @@ PVK_DEVICE void add_bias(Fragment<scalar_t, COLUMNS, RUN>& scores, const Attenti
     for (int c = 0; c < scores.kCount; ++c) {
       const int column = scores.column(lane, c);
       const bool seen = column >= span.low && column < span.high;
-      scores.at(r, c) = seen ? biased(scores.at(r, c), __ldg(of_row + column * column_stride)) : minus_infinity<T>();
+      scores.at(r, c) =
+          seen ? biased<scalar_t>(scores.at(r, c), __ldg(of_row + column * column_stride)) : minus_infinity<T>();
     }
   }
 }
@@ -132,7 +143,7 @@ template <typename scalar_t, bool kByKey, int COLUMNS, int RUN>
 PVK_DEVICE void finish_scores(Fragment<scalar_t, COLUMNS, RUN>& scores, const AttentionParams& p,
                               const Place<scalar_t, kByKey>& place, int lane) {
   using T = opmath_t<scalar_t>;
-  const T scale = T(p.scale * kLog2e);
+  const T scale = T(p.scale * kUnits<scalar_t>);
   scores.for_each([&](int, int, T& score) { score *= scale; });
   switch (p.bias_kind) {
     case BiasKind::kBool:
