@@ -4,25 +4,25 @@
 // the heads that share them. Every sum has one order.
 #pragma once
 
-#include "ops/attention/cuda_kernels.h"
 #include "ops/attention/scores.cuh"
 
 namespace pvk::attention {
 
 // Two resident tiles of rows.
-template <typename scalar_t, int FEATURES>
-using BackwardShape = Shape<scalar_t, FEATURES, 2>;
+template <typename scalar_t, int FEATURES, int EXTRAS>
+using BackwardShape = Shape<scalar_t, FEATURES, 2, EXTRAS>;
 
 // From scores and dot(grad_output, value), in `grads`, to kept weights and gradients of scores. stats(r, c, lse, delta)
 // tells of the query, with lse in the scores' units.
-template <bool kByKey, typename scalar_t, int COLUMNS, int RUN, typename Stats>
+template <int EXTRAS, bool kByKey, typename scalar_t, int COLUMNS, int RUN, typename Stats>
 PVK_DEVICE void finish_gradients(Fragment<scalar_t, COLUMNS, RUN>& scores, Fragment<scalar_t, COLUMNS, RUN>& grads,
                                  const AttentionParams& p, const Place<scalar_t, kByKey>& place, int lane,
                                  const Stats& stats) {
   using T = opmath_t<scalar_t>;
-  const uint32_t kept = kept_of<Fragment<scalar_t, COLUMNS, RUN>>(p, place, lane);
+  uint32_t kept = ~0u;
+  if constexpr (EXTRAS >= kDropped) kept = kept_of<Fragment<scalar_t, COLUMNS, RUN>>(p, place, lane);
   const auto is_kept = [&](int r, int c) { return (kept >> (r * scores.kCount + c) & 1) != 0; };
-  if (p.seed != nullptr) {
+  if constexpr (EXTRAS >= kDropped) {
     const T factor = T(1 / (1 - p.dropout_p));
     grads.for_each([&](int r, int c, T& grad) { grad = is_kept(r, c) ? grad * factor : T(0); });
   }
@@ -33,7 +33,7 @@ PVK_DEVICE void finish_gradients(Fragment<scalar_t, COLUMNS, RUN>& scores, Fragm
     score = seen ? exp_of_units<scalar_t>(score - lse) : T(0);
     grads.at(r, c) = seen ? score * (grads.at(r, c) - delta) : T(0);
   });
-  if (p.seed != nullptr) {
+  if constexpr (EXTRAS >= kDropped) {
     scores.for_each([&](int r, int c, T& weight) {
       if (!is_kept(r, c)) weight = T(0);
     });
@@ -62,11 +62,12 @@ struct RowStats {
 };
 
 // Grid: tiles of queries of each (b, h).
-template <typename scalar_t, int FEATURES>
-__global__ void __launch_bounds__(BackwardShape<scalar_t, FEATURES>::kMostWarps* kWarpSize)
+template <typename scalar_t, int FEATURES, int EXTRAS>
+__global__ void __launch_bounds__(BackwardShape<scalar_t, FEATURES, EXTRAS>::kMostWarps* kWarpSize,
+                                  BackwardShape<scalar_t, FEATURES, EXTRAS>::kLeastBlocks)
     attention_backward_query_kernel(const __grid_constant__ BackwardCall call) {
   using T = opmath_t<scalar_t>;
-  using Shape = BackwardShape<scalar_t, FEATURES>;
+  using Shape = BackwardShape<scalar_t, FEATURES, EXTRAS>;
   constexpr int C = Shape::kColumns;
   const AttentionBackwardParams& p = call.params;
   const AttentionParams& f = p.forward;
@@ -98,19 +99,15 @@ __global__ void __launch_bounds__(BackwardShape<scalar_t, FEATURES>::kMostWarps*
     place.column = (tile.first_tile + n) * C;
     Scores<scalar_t, C> scores, grads;
     multiply_rows<FEATURES>(scores, shared.mine(0), shared.stage(n, 0), lane);
-    finish_scores(scores, f, place, lane);
+    finish_scores<EXTRAS>(scores, f, place, lane);
     multiply_rows<FEATURES>(grads, shared.mine(1), shared.stage(n, 1), lane);
-    finish_gradients(scores, grads, f, place, lane, stats);
+    finish_gradients<EXTRAS>(scores, grads, f, place, lane, stats);
     add_weighted<FEATURES>(sums, grads, shared.stage(n, 0), shared.my_weights(), lane);
   });
   const Rows<scalar_t> grad_query(p.grad_query, p.grad_query_stride, tile.b, tile.h, f.D);
   store_rows<FEATURES>(grad_query, place.row, f.L, sums, shared.mine(0), lane,
                        [&](int, T value) { return value * T(f.scale); });
 }
-
-// Both gradients of a warp's keys fit into its registers where features are few; else a block has one of the two.
-template <int FEATURES>
-constexpr bool kBothFit = FEATURES <= 128;
 
 // A block's tile of keys of a head, and the tiles of COLUMNS queries, of each head that shares it, that look at any.
 template <int COLUMNS>
@@ -147,11 +144,12 @@ PVK_DEVICE void load_column_stats(scalar_t* tile, const void* stats, int64_t fir
 }
 
 // Grid: tiles of keys of each (b, g).
-template <typename scalar_t, int FEATURES, bool kOfKey, bool kOfValue>
-__global__ void __launch_bounds__(BackwardShape<scalar_t, FEATURES>::kMostWarps* kWarpSize)
+template <typename scalar_t, int FEATURES, int EXTRAS, bool kOfKey, bool kOfValue>
+__global__ void __launch_bounds__(BackwardShape<scalar_t, FEATURES, EXTRAS>::kMostWarps* kWarpSize,
+                                  BackwardShape<scalar_t, FEATURES, EXTRAS>::kLeastBlocks)
     attention_backward_key_kernel(const __grid_constant__ BackwardCall call) {
   using T = opmath_t<scalar_t>;
-  using Shape = BackwardShape<scalar_t, FEATURES>;
+  using Shape = BackwardShape<scalar_t, FEATURES, EXTRAS>;
   constexpr int C = Shape::kColumns;
   const AttentionBackwardParams& p = call.params;
   const AttentionParams& f = p.forward;
@@ -189,13 +187,13 @@ __global__ void __launch_bounds__(BackwardShape<scalar_t, FEATURES>::kMostWarps*
     scalar_t *const query = shared.stage(n, 0), *const grad = shared.stage(n, 1);
     Scores<scalar_t, C> scores, grads;
     multiply_rows<FEATURES>(scores, shared.mine(0), query, lane);
-    finish_scores(scores, f, place, lane);
+    finish_scores<EXTRAS>(scores, f, place, lane);
     if (kOfKey) {
       multiply_rows<FEATURES>(grads, shared.mine(1), grad, lane);
     } else {
       grads.clear();
     }
-    finish_gradients(scores, grads, f, place, lane, [&](int, int c, T& lse, T& delta) {
+    finish_gradients<EXTRAS>(scores, grads, f, place, lane, [&](int, int c, T& lse, T& delta) {
       lse = *padding_of<scalar_t, FEATURES>(query, scores.column(lane, c)) * T(kUnits<scalar_t>);
       delta = kOfKey ? *padding_of<scalar_t, FEATURES>(grad, scores.column(lane, c)) : T(0);
     });
@@ -225,25 +223,41 @@ __global__ void __launch_bounds__(BackwardShape<scalar_t, FEATURES>::kMostWarps*
   }
 }
 
-template <typename scalar_t, int FEATURES>
-void run_backward_rows(const BackwardCall& call, Stream stream) {
-  using Shape = BackwardShape<scalar_t, FEATURES>;
+// Rows by which a kernel's blocks are counted, and most steps of one.
+template <typename scalar_t, int FEATURES, int EXTRAS, typename Kernel>
+void run_backward_rows(Kernel kernel, const BackwardCall& call, int64_t heads, int64_t rows, int64_t steps,
+                       Stream stream) {
+  using Shape = BackwardShape<scalar_t, FEATURES, EXTRAS>;
+  const int warps = Shape::warps_of(rows);
+  const int64_t blocks = heads * ceil_div(rows, int64_t(warps * kWarpRows<scalar_t>));
+  launch(kernel,
+         {dim3(grid_of("attention", blocks)), dim3(unsigned(warps * kWarpSize)), Shape::shared_bytes(warps, steps),
+          stream},
+         call);
+}
+
+template <typename scalar_t, int FEATURES, int EXTRAS>
+void run_backward_query(const BackwardCall& call, Stream stream) {
   const AttentionParams& p = call.params.forward;
-  const auto run = [&](auto kernel, int64_t heads, int64_t rows, int64_t steps) {
-    const int warps = Shape::warps_of(rows);
-    const int64_t blocks = heads * ceil_div(rows, int64_t(warps * kWarpRows<scalar_t>));
-    launch(kernel,
-           {dim3(grid_of("attention", blocks)), dim3(unsigned(warps * kWarpSize)), Shape::shared_bytes(warps, steps),
-            stream},
-           call);
+  const int64_t steps = ceil_div(p.S, int64_t(BackwardShape<scalar_t, FEATURES, EXTRAS>::kColumns));
+  run_backward_rows<scalar_t, FEATURES, EXTRAS>(attention_backward_query_kernel<scalar_t, FEATURES, EXTRAS>, call,
+                                                p.B * p.H, p.L, steps, stream);
+}
+
+template <typename scalar_t, int FEATURES, int EXTRAS>
+void run_backward_key(const BackwardCall& call, Stream stream) {
+  const AttentionParams& p = call.params.forward;
+  const int64_t steps = ceil_div(p.L, int64_t(BackwardShape<scalar_t, FEATURES, EXTRAS>::kColumns)) * (p.H / p.G);
+  const auto run = [&]<bool kOfKey, bool kOfValue>() {
+    run_backward_rows<scalar_t, FEATURES, EXTRAS>(
+        attention_backward_key_kernel<scalar_t, FEATURES, EXTRAS, kOfKey, kOfValue>, call, p.B * p.G, p.S, steps,
+        stream);
   };
-  run(attention_backward_query_kernel<scalar_t, FEATURES>, p.B * p.H, p.L, ceil_div(p.S, int64_t(Shape::kColumns)));
-  const int64_t steps = ceil_div(p.L, int64_t(Shape::kColumns)) * (p.H / p.G);
   if constexpr (kBothFit<FEATURES>) {
-    run(attention_backward_key_kernel<scalar_t, FEATURES, true, true>, p.B * p.G, p.S, steps);
+    run.template operator()<true, true>();
   } else {
-    run(attention_backward_key_kernel<scalar_t, FEATURES, true, false>, p.B * p.G, p.S, steps);
-    run(attention_backward_key_kernel<scalar_t, FEATURES, false, true>, p.B * p.G, p.S, steps);
+    run.template operator()<true, false>();
+    run.template operator()<false, true>();
   }
 }
 

@@ -46,11 +46,12 @@ PVK_DEVICE void store_bias(const BackwardCall& call, int64_t part, int64_t at, T
 }
 
 // Grid: parts of each owned tile.
-template <typename scalar_t, int FEATURES>
-__global__ void __launch_bounds__(BackwardShape<scalar_t, FEATURES>::kMostWarps* kWarpSize)
+template <typename scalar_t, int FEATURES, int EXTRAS>
+__global__ void __launch_bounds__(BackwardShape<scalar_t, FEATURES, EXTRAS>::kMostWarps* kWarpSize,
+                                  BackwardShape<scalar_t, FEATURES, EXTRAS>::kLeastBlocks)
     attention_backward_bias_kernel(const __grid_constant__ BackwardCall call) {
   using T = opmath_t<scalar_t>;
-  using Shape = BackwardShape<scalar_t, FEATURES>;
+  using Shape = BackwardShape<scalar_t, FEATURES, EXTRAS>;
   constexpr int C = Shape::kColumns;
   const AttentionBackwardParams& p = call.params;
   const AttentionParams& f = p.forward;
@@ -86,9 +87,9 @@ __global__ void __launch_bounds__(BackwardShape<scalar_t, FEATURES>::kMostWarps*
     stats.load(call, tile.head, place.row, lane);
     Scores<scalar_t, C> scores, grads;
     multiply_rows<FEATURES>(scores, shared.mine(0), shared.stage(0, 0), lane);
-    finish_scores(scores, f, place, lane);
+    finish_scores<EXTRAS>(scores, f, place, lane);
     multiply_rows<FEATURES>(grads, shared.mine(1), shared.stage(0, 1), lane);
-    finish_gradients(scores, grads, f, place, lane, stats);
+    finish_gradients<EXTRAS>(scores, grads, f, place, lane, stats);
     sums.for_each([&](int r, int c, T& sum) { sum += grads.at(r, c); });
   }
 
@@ -142,24 +143,24 @@ __global__ void __launch_bounds__(BackwardShape<scalar_t, FEATURES>::kMostWarps*
   }
 }
 
-template <typename scalar_t, int FEATURES>
+template <typename scalar_t, int FEATURES, int EXTRAS>
 BiasTiles bias_tiles(const AttentionBackwardParams& p) {
-  using Shape = BackwardShape<scalar_t, FEATURES>;
+  using Shape = BackwardShape<scalar_t, FEATURES, EXTRAS>;
   return BiasTiles(p, Shape::warps_of(p.forward.L) * kWarpRows<scalar_t>, Shape::kColumns);
 }
 
-template <typename scalar_t, int FEATURES>
+template <typename scalar_t, int FEATURES, int EXTRAS>
 int64_t parts_of_sum(const AttentionBackwardParams& p) {
-  const BiasTiles tiles = bias_tiles<scalar_t, FEATURES>(p);
+  const BiasTiles tiles = bias_tiles<scalar_t, FEATURES, EXTRAS>(p);
   return min_of(ceil_div(kWantedBlocks, BiasTiles::product(tiles.owned)), BiasTiles::product(tiles.summed));
 }
 
-template <typename scalar_t, int FEATURES>
+template <typename scalar_t, int FEATURES, int EXTRAS>
 void run_backward_bias(const BackwardCall& call, Stream stream) {
-  using Shape = BackwardShape<scalar_t, FEATURES>;
+  using Shape = BackwardShape<scalar_t, FEATURES, EXTRAS>;
   const int warps = Shape::warps_of(call.params.forward.L);
-  const int64_t blocks = BiasTiles::product(bias_tiles<scalar_t, FEATURES>(call.params).owned) * call.parts;
-  launch(attention_backward_bias_kernel<scalar_t, FEATURES>,
+  const int64_t blocks = BiasTiles::product(bias_tiles<scalar_t, FEATURES, EXTRAS>(call.params).owned) * call.parts;
+  launch(attention_backward_bias_kernel<scalar_t, FEATURES, EXTRAS>,
          {dim3(grid_of("attention", blocks)), dim3(unsigned(warps * kWarpSize)), Shape::shared_bytes(warps, 1), stream},
          call);
 }

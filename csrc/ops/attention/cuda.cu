@@ -74,11 +74,18 @@ __global__ void __launch_bounds__(kBlockThreads)
   const int64_t head = row / f.L, i = row % f.L;
   const Rows<scalar_t> grads(p.grad_output, p.grad_output_stride, head / f.H, head % f.H, f.E);
   const Rows<scalar_t> outputs(f.output, f.output_stride, head / f.H, head % f.H, f.E);
-  T sum = T(0);
-  for (int e = lane; e < grads.features; e += kThreads) {
-    sum = fma(to_opmath(__ldg(grads.data + i * grads.stride + e)),
-              to_opmath(__ldg(outputs.data + i * outputs.stride + e)), sum);
+  T sums[2] = {};
+  const auto add = [&](int e, T& sum) {
+    if (e < grads.features) {
+      sum = fma(to_opmath(__ldg(grads.data + i * grads.stride + e)),
+                to_opmath(__ldg(outputs.data + i * outputs.stride + e)), sum);
+    }
+  };
+  for (int e = lane; e < grads.features; e += 2 * kThreads) {
+    add(e, sums[0]);
+    add(e + kThreads, sums[1]);
   }
+  T sum = sums[0] + sums[1];
 #pragma unroll
   for (int mask = kThreads / 2; mask > 0; mask /= 2) sum += shfl_xor(sum, mask);
   if (lane == 0) delta[row] = p.grad_lse == nullptr ? sum : sum - __ldg(static_cast<const T*>(p.grad_lse) + row);
@@ -128,7 +135,8 @@ void run_backward(const AttentionBackwardParams& p, Stream stream) {
          delta);
   find_absent(f, scratch + places.absent, stream);
   const BackwardCall call = {p, delta, scratch + places.absent, scratch + places.partials, places.parts};
-  Kernels<scalar_t>::backward(call, stream);
+  Kernels<scalar_t>::backward_key(call, stream);
+  Kernels<scalar_t>::backward_query(call, stream);
   if (places.parts == 0) return;
   Kernels<scalar_t>::backward_bias(call, stream);
   if (places.parts == 1) return;

@@ -5,13 +5,14 @@ namespace pvk::attention {
 
 template <>
 int64_t Kernels<__half>::bias_parts(const AttentionBackwardParams& p) {
-  return dispatch_features<__half>(p.forward, [&]<int FEATURES>() { return parts_of_sum<__half, FEATURES>(p); });
+  return dispatch_biased(p.forward,
+                         [&]<int FEATURES, int EXTRAS>() { return parts_of_sum<__half, FEATURES, EXTRAS>(p); });
 }
 
 template <>
 void Kernels<__half>::backward_bias(const BackwardCall& call, Stream stream) {
-  dispatch_features<__half>(call.params.forward,
-                            [&]<int FEATURES>() { run_backward_bias<__half, FEATURES>(call, stream); });
+  dispatch_biased(call.params.forward,
+                  [&]<int FEATURES, int EXTRAS>() { run_backward_bias<__half, FEATURES, EXTRAS>(call, stream); });
 }
 
 }  // namespace pvk::attention

@@ -6,21 +6,29 @@
 
 namespace pvk::attention {
 
-// body.operator()<FEATURES>() with the least number that D and E fit into.
-template <int FIRST, int... MORE, typename Body>
+// What a kernel is compiled with: each costs registers.
+constexpr int kPlain = 0, kBiased = 1, kDropped = 2;  // nothing; a bias, or none; that and dropout
+
+// body.operator()<FEATURES, EXTRAS>() with the least number of features that D and E fit into.
+template <int EXTRAS, int FIRST, int... MORE, typename Body>
 auto dispatch_among(const AttentionParams& p, const Body& body) {
   if constexpr (sizeof...(MORE) > 0) {
-    if (max_of(p.D, p.E) > FIRST) return dispatch_among<MORE...>(p, body);
+    if (max_of(p.D, p.E) > FIRST) return dispatch_among<EXTRAS, MORE...>(p, body);
   }
-  return body.template operator()<FIRST>();
+  return body.template operator()<FIRST, EXTRAS>();
+}
+template <typename Body>
+auto dispatch_biased(const AttentionParams& p, const Body& body) {
+  if (p.seed != nullptr) return dispatch_among<kDropped, 64, 128, 256>(p, body);
+  return dispatch_among<kBiased, 32, 64, 96, 128, 256>(p, body);
 }
 template <typename scalar_t, typename Body>
 auto dispatch_features(const AttentionParams& p, const Body& body) {
   if constexpr (sizeof(scalar_t) == 2) {
-    return dispatch_among<16, 32, 48, 64, 80, 96, 128, 160, 192, 256>(p, body);
-  } else {
-    return dispatch_among<16, 32, 64, 80, 128, 256>(p, body);
+    if (p.bias == nullptr && p.seed == nullptr)
+      return dispatch_among<kPlain, 16, 32, 48, 64, 80, 96, 128, 160, 192, 256>(p, body);
   }
+  return dispatch_biased(p, body);
 }
 
 struct BackwardCall {
@@ -34,7 +42,8 @@ struct BackwardCall {
 template <typename scalar_t>
 struct Kernels {
   static void forward(const AttentionParams& params, Stream stream);
-  static void backward(const BackwardCall& call, Stream stream);  // of query, key and value
+  static void backward_query(const BackwardCall& call, Stream stream);
+  static void backward_key(const BackwardCall& call, Stream stream);  // and value
   static int64_t bias_parts(const AttentionBackwardParams& params);
   static void backward_bias(const BackwardCall& call, Stream stream);
 };

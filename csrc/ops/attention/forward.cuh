@@ -59,15 +59,16 @@ struct Softmax {
   }
 };
 
-template <typename scalar_t, int FEATURES>
-using ForwardShape = Shape<scalar_t, FEATURES, 1>;
+template <typename scalar_t, int FEATURES, int EXTRAS>
+using ForwardShape = Shape<scalar_t, FEATURES, 1, EXTRAS>;
 
-// Grid: tiles of queries of each (b, h). absent: of absent_bytes().
-template <typename scalar_t, int FEATURES>
-__global__ void __launch_bounds__(ForwardShape<scalar_t, FEATURES>::kMostWarps* kWarpSize)
+// Grid: tiles of queries of each (b, h).
+template <typename scalar_t, int FEATURES, int EXTRAS>
+__global__ void __launch_bounds__(ForwardShape<scalar_t, FEATURES, EXTRAS>::kMostWarps* kWarpSize,
+                                  ForwardShape<scalar_t, FEATURES, EXTRAS>::kLeastBlocks)
     attention_forward_kernel(const __grid_constant__ AttentionParams p) {
   using T = opmath_t<scalar_t>;
-  using Shape = ForwardShape<scalar_t, FEATURES>;
+  using Shape = ForwardShape<scalar_t, FEATURES, EXTRAS>;
   constexpr int C = Shape::kColumns;
   SIMT_DYN_SHARED(unsigned char, memory);
   const Shared<Shape, scalar_t> shared(memory, 1);
@@ -91,9 +92,9 @@ __global__ void __launch_bounds__(ForwardShape<scalar_t, FEATURES>::kMostWarps* 
     place.column = (tile.first_tile + n) * C;
     Scores<scalar_t, C> scores;
     multiply_rows<FEATURES>(scores, shared.mine(0), shared.stage(n, 0), lane);
-    finish_scores(scores, p, place, lane);
+    finish_scores<EXTRAS>(scores, p, place, lane);
     softmax.add(scores, n == 0);
-    if (p.seed != nullptr) {
+    if constexpr (EXTRAS >= kDropped) {
       const uint32_t kept = kept_of<Scores<scalar_t, C>>(p, place, lane);
       scores.for_each([&](int r, int c, T& weight) {
         if ((kept >> (r * scores.kCount + c) & 1) == 0) weight = T(0);
@@ -119,13 +120,13 @@ __global__ void __launch_bounds__(ForwardShape<scalar_t, FEATURES>::kMostWarps* 
                        [&](int r, T value) { return softmax.sum[r] == T(0) ? T(0) : value * factors[r]; });
 }
 
-template <typename scalar_t, int FEATURES>
+template <typename scalar_t, int FEATURES, int EXTRAS>
 void run_forward(const AttentionParams& p, Stream stream) {
-  using Shape = ForwardShape<scalar_t, FEATURES>;
+  using Shape = ForwardShape<scalar_t, FEATURES, EXTRAS>;
   const int warps = Shape::warps_of(p.L);
   const int64_t blocks = p.B * p.H * ceil_div(p.L, int64_t(warps * kWarpRows<scalar_t>));
   const size_t bytes = Shape::shared_bytes(warps, ceil_div(p.S, int64_t(Shape::kColumns)));
-  launch(attention_forward_kernel<scalar_t, FEATURES>,
+  launch(attention_forward_kernel<scalar_t, FEATURES, EXTRAS>,
          {dim3(grid_of("attention", blocks)), dim3(unsigned(warps * kWarpSize)), bytes, stream}, p);
 }
 

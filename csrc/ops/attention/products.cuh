@@ -79,7 +79,8 @@ PVK_DEVICE uint32_t pair_of(float low, float high) {
   }
 }
 
-// to = A Bᵀ, of the warp's rows a and of COLUMNS rows b.
+// to = A Bᵀ, of the warp's rows a and of COLUMNS rows b. Wide types sum even and odd features apart: half the
+// roundings.
 template <int FEATURES, typename scalar_t, int COLUMNS, int RUN>
 PVK_DEVICE void multiply_rows(Fragment<scalar_t, COLUMNS, RUN>& to, const scalar_t* a, const scalar_t* b, int lane) {
   constexpr int P = kPitch<scalar_t, FEATURES>;
@@ -101,6 +102,8 @@ PVK_DEVICE void multiply_rows(Fragment<scalar_t, COLUMNS, RUN>& to, const scalar
     }
   } else {
     constexpr int V = kVec16<scalar_t>, R = kLaneRows<scalar_t>;
+    Fragment<scalar_t, COLUMNS, RUN> odd;
+    odd.clear();
 #pragma unroll 2
     for (int k = 0; k < FEATURES; k += V) {
       VecN<scalar_t, V> x[R];
@@ -110,12 +113,16 @@ PVK_DEVICE void multiply_rows(Fragment<scalar_t, COLUMNS, RUN>& to, const scalar
       for (int c = 0; c < COLUMNS / 4; ++c) {
         const auto y = vector_at(b + to.column(lane, c) * P + k);
 #pragma unroll
-        for (int e = 0; e < V; ++e) {
+        for (int e = 0; e < V; e += 2) {
 #pragma unroll
-          for (int r = 0; r < R; ++r) to.parts[r][c] = fma(x[r].data[e], y.data[e], to.parts[r][c]);
+          for (int r = 0; r < R; ++r) {
+            to.parts[r][c] = fma(x[r].data[e], y.data[e], to.parts[r][c]);
+            odd.parts[r][c] = fma(x[r].data[e + 1], y.data[e + 1], odd.parts[r][c]);
+          }
         }
       }
     }
+    to.for_each([&](int r, int c, scalar_t& sum) { sum += odd.parts[r][c]; });
   }
 }
 

@@ -139,22 +139,24 @@ PVK_DEVICE void add_bias(Fragment<scalar_t, COLUMNS, RUN>& scores, const Attenti
   }
 }
 
-template <typename scalar_t, bool kByKey, int COLUMNS, int RUN>
+template <int EXTRAS, typename scalar_t, bool kByKey, int COLUMNS, int RUN>
 PVK_DEVICE void finish_scores(Fragment<scalar_t, COLUMNS, RUN>& scores, const AttentionParams& p,
                               const Place<scalar_t, kByKey>& place, int lane) {
   using T = opmath_t<scalar_t>;
   const T scale = T(p.scale * kUnits<scalar_t>);
   scores.for_each([&](int, int, T& score) { score *= scale; });
-  switch (p.bias_kind) {
-    case BiasKind::kBool:
-      return add_bias<uint8_t>(scores, p, place, lane);
-    case BiasKind::kAdded:
-      return add_bias<scalar_t>(scores, p, place, lane);
-    case BiasKind::kAddedFloat:
-      if constexpr (kIsHalf<scalar_t>) add_bias<float>(scores, p, place, lane);
-      return;
-    case BiasKind::kNone:
-      break;
+  if constexpr (EXTRAS >= kBiased) {
+    switch (p.bias_kind) {
+      case BiasKind::kBool:
+        return add_bias<uint8_t>(scores, p, place, lane);
+      case BiasKind::kAdded:
+        return add_bias<scalar_t>(scores, p, place, lane);
+      case BiasKind::kAddedFloat:
+        if constexpr (kIsHalf<scalar_t>) add_bias<float>(scores, p, place, lane);
+        return;
+      case BiasKind::kNone:
+        break;
+    }
   }
   if (place.template is_whole<COLUMNS>(p)) return;
 #pragma unroll
@@ -172,7 +174,6 @@ PVK_DEVICE void finish_scores(Fragment<scalar_t, COLUMNS, RUN>& scores, const At
 template <typename Scores, typename scalar_t, bool kByKey>
 PVK_DEVICE uint32_t kept_of(const AttentionParams& p, const Place<scalar_t, kByKey>& place, int lane) {
   static_assert(Scores::kRows * Scores::kCount <= 32);
-  if (p.seed == nullptr) return ~0u;
   const uint64_t seed = uint64_t(__ldg(reinterpret_cast<const long long*>(p.seed)));
   const uint32_t threshold = dropout_threshold(p.dropout_p);
   uint32_t kept = 0;

@@ -8,7 +8,7 @@
 #include "core/activation.cuh"
 #include "core/async.cuh"
 #include "core/launch.h"
-#include "ops/attention/attention.h"
+#include "ops/attention/cuda_kernels.h"
 #include "ops/attention/products.cuh"
 
 namespace pvk::attention {
@@ -19,8 +19,12 @@ struct Choice {
   int warps, columns, stages;
 };
 
+// Both gradients of a warp's keys fit into its registers where features are few; else a block has one of the two.
+template <int FEATURES>
+constexpr bool kBothFit = FEATURES <= 128;
+
 // RESIDENT tiles of rows, and two of columns a stage.
-template <typename scalar_t, int FEATURES, int RESIDENT>
+template <typename scalar_t, int FEATURES, int RESIDENT, int EXTRAS>
 struct Shape {
   static constexpr int kVec = kVec16<scalar_t>, kRow = kPitch<scalar_t, FEATURES>;
   // In elements; a warp's part of the weights is beside its rows.
@@ -33,15 +37,29 @@ struct Shape {
     return (rows_size(choice.warps, choice.columns) + choice.stages * stage_size(choice.columns)) *
            int(sizeof(scalar_t));
   }
+  // Whether a thread's registers hold sums, of each resident tile where the features are not in two parts, and scores,
+  // with what is added to them.
+  static constexpr bool fits_registers(Choice choice) {
+    constexpr int kMost = EXTRAS == kPlain ? 160 : EXTRAS == kBiased ? 144 : 112;
+    const int of_row = (kBothFit<FEATURES> ? RESIDENT : 1) * FEATURES + RESIDENT * choice.columns;
+    return choice.columns < 64 || of_row / 4 * kLaneRows<scalar_t> * int(sizeof(opmath_t<scalar_t>)) / 4 <= kMost;
+  }
+  // On a multiprocessor, by registers.
+  static constexpr int least_blocks() {
+    if (!kIsHalf<scalar_t>) return 2;
+    if (RESIDENT == 1 && EXTRAS == kPlain) return FEATURES <= 64 ? 4 : FEATURES <= 96 ? 3 : 2;
+    return FEATURES <= 32 && EXTRAS + RESIDENT <= 2 ? 3 : 2;
+  }
   static constexpr Choice choose() {
     constexpr Choice kChoices[] = {{4, 64, 2}, {4, 32, 2}, {4, 16, 2}, {2, 16, 2}, {4, 16, 1}, {2, 16, 1}, {1, 16, 1}};
     for (const Choice& choice : kChoices)
-      if (bytes(choice) <= kMostShared) return choice;
+      if (bytes(choice) <= kMostShared && fits_registers(choice)) return choice;
     return {};
   }
 
   static constexpr Choice kChoice = choose();
-  static constexpr int kMostWarps = kChoice.warps, kColumns = kChoice.columns, kStages = kChoice.stages;
+  static constexpr int kMostWarps = kChoice.warps, kColumns = kChoice.columns, kStages = kChoice.stages,
+                       kLeastBlocks = least_blocks();
   static constexpr int kStage = stage_size(kColumns);
   static_assert(kMostWarps > 0);
 
