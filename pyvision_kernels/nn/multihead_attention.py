@@ -17,7 +17,7 @@ from pyvision_kernels.ops.attention import attention
 from pyvision_kernels.ops.linear import linear
 from pyvision_kernels.ops.linear import run as run_linear
 
-_ACTIVATIONS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"}
+_ACTIVATIONS: dict[Any, str] = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"}
 
 
 class NonDynamicallyQuantizableLinear(Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -52,7 +52,7 @@ class MultiheadAttention(Layer, nn.MultiheadAttention):
         if query.is_nested or any(map(is_for_torch, (query, key, value))):
             options = need_weights, attn_mask, average_attn_weights, is_causal
             return super().forward(query, key, value, key_padding_mask, *options)
-        batched = F._mha_shape_check(query, key, value, *masks, self.num_heads)
+        batched = F._mha_shape_check(query, key, value, *masks, self.num_heads)  # type: ignore[attr-defined]
         self._check(query, key, value, *masks, is_causal)
         if not batched:
             dim = 0 if self.batch_first else 1
@@ -104,9 +104,10 @@ class MultiheadAttention(Layer, nn.MultiheadAttention):
             packs = None if self.training or is_traced(query) else self._kept()
             product = _linear(query, self.in_proj_weight, self.in_proj_bias, packs).unflatten(-1, (3, -1))
             return tuple(self._heads(part) for part in product.unbind(-2))  # type: ignore[return-value]
-        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         if self._qkv_same_embed_dim:
             weights = self.in_proj_weight.chunk(3)
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         rows = zip((query, key, value), weights, biases, strict=True)
         return tuple(self._heads(_linear(*given)) for given in rows)  # type: ignore[return-value]
@@ -118,7 +119,7 @@ class MultiheadAttention(Layer, nn.MultiheadAttention):
     def _with_more_keys(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """With the learned key and value, and with the zeros, that the layer adds at the end."""
         batches = query.size(0)
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             more = (bias.view(self.num_heads, 1, -1).expand(batches, -1, -1, -1) for bias in (self.bias_k, self.bias_v))
             key, value = (torch.cat(pair, 2) for pair in zip((key, value), more, strict=True))
         if self.add_zero_attn:
