@@ -253,7 +253,7 @@ void run_backward_key(const BackwardCall& call, Stream stream) {
         attention_backward_key_kernel<scalar_t, FEATURES, EXTRAS, kOfKey, kOfValue>, call, p.B * p.G, p.S, steps,
         stream);
   };
-  if constexpr (kBothFit<FEATURES>) {
+  if constexpr (kBothFit<scalar_t, FEATURES>) {
     run.template operator()<true, true>();
   } else {
     run.template operator()<true, false>();

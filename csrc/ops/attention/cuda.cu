@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   };
   for (int e = lane; e < grads.features; e += 2 * kThreads) {
     add(e, sums[0]);
-    add(e + kThreads, sums[1]);
+    add(e + kThreads, sums[sizeof(T) == 4]);
   }
   T sum = sums[0] + sums[1];
 #pragma unroll

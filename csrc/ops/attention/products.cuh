@@ -102,9 +102,11 @@ PVK_DEVICE void multiply_rows(Fragment<scalar_t, COLUMNS, RUN>& to, const scalar
     }
   } else {
     constexpr int V = kVec16<scalar_t>, R = kLaneRows<scalar_t>;
-    Fragment<scalar_t, COLUMNS, RUN> odd;
-    odd.clear();
-#pragma unroll 2
+    constexpr bool kApart = sizeof(scalar_t) == 4;
+    Fragment<scalar_t, COLUMNS, RUN> odd_sums;
+    if (kApart) odd_sums.clear();
+    auto& odd = kApart ? odd_sums : to;
+#pragma unroll(sizeof(scalar_t) == 8 ? 1 : 2)
     for (int k = 0; k < FEATURES; k += V) {
       VecN<scalar_t, V> x[R];
 #pragma unroll
@@ -122,7 +124,7 @@ PVK_DEVICE void multiply_rows(Fragment<scalar_t, COLUMNS, RUN>& to, const scalar
         }
       }
     }
-    to.for_each([&](int r, int c, scalar_t& sum) { sum += odd.parts[r][c]; });
+    if (kApart) to.for_each([&](int r, int c, scalar_t& sum) { sum += odd.parts[r][c]; });
   }
 }
 

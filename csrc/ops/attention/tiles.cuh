@@ -20,8 +20,8 @@ struct Choice {
 };
 
 // Both gradients of a warp's keys fit into its registers where features are few; else a block has one of the two.
-template <int FEATURES>
-constexpr bool kBothFit = FEATURES <= 128;
+template <typename scalar_t, int FEATURES>
+constexpr bool kBothFit = FEATURES <= (sizeof(scalar_t) == 8 ? 64 : 128);
 
 // RESIDENT tiles of rows, and two of columns a stage.
 template <typename scalar_t, int FEATURES, int RESIDENT, int EXTRAS>
@@ -41,14 +41,14 @@ struct Shape {
   // with what is added to them.
   static constexpr bool fits_registers(Choice choice) {
     constexpr int kMost = EXTRAS == kPlain ? 160 : EXTRAS == kBiased ? 144 : 112;
-    const int of_row = (kBothFit<FEATURES> ? RESIDENT : 1) * FEATURES + RESIDENT * choice.columns;
+    const int of_row = (kBothFit<scalar_t, FEATURES> ? RESIDENT : 1) * FEATURES + RESIDENT * choice.columns;
     return choice.columns < 64 || of_row / 4 * kLaneRows<scalar_t> * int(sizeof(opmath_t<scalar_t>)) / 4 <= kMost;
   }
   // On a multiprocessor, by registers.
   static constexpr int least_blocks() {
     if (!kIsHalf<scalar_t>) return 2;
     if (RESIDENT == 1 && EXTRAS == kPlain) return FEATURES <= 64 ? 4 : FEATURES <= 96 ? 3 : 2;
-    return FEATURES <= 32 && EXTRAS + RESIDENT <= 2 ? 3 : 2;
+    return FEATURES == 32 && EXTRAS + RESIDENT <= 2 ? 3 : 2;
   }
   static constexpr Choice choose() {
     constexpr Choice kChoices[] = {{4, 64, 2}, {4, 32, 2}, {4, 16, 2}, {2, 16, 2}, {4, 16, 1}, {2, 16, 1}, {1, 16, 1}};
