@@ -193,8 +193,7 @@ def test_gradient_of_a_broadcast_bias(size, device):
     rows, bias = _rows(3, 2, 11, 8, keys=14), torch.randn(size)
     ours = _gradients(attention, (*rows, bias))[4]
     exact = _gradients(F.scaled_dot_product_attention, [one.double() for one in (*rows, bias)])[4]
-    largest = 66.0 * (size[3] == 1)  # the same for all keys: the gradients of 66 rows, of about 1, add up to 0
-    assert_as_good(ours, _gradients(F.scaled_dot_product_attention, (*rows, bias))[4], exact, size, largest)
+    assert_as_good(ours, _gradients(F.scaled_dot_product_attention, (*rows, bias))[4], exact, size)
 
 
 @pytest.mark.parametrize("size", [(3, 2, 11, 1), (1, 1, 11, 1), (1, 1, 1, 1)])
