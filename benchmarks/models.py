@@ -65,6 +65,15 @@ class Model:
 
 
 _CNN_PEERS = ("eager", "ONNX Runtime")
+
+
+def _vit() -> nn.Module:
+    """ViT-B/16 with a head that is not 0."""
+    model = pvk.models.vit_b_16()
+    nn.init.normal_(next(model.heads.parameters()), std=0.02)
+    return model
+
+
 MODELS = (
     Model("CNN", pvk.models.CNN, (1, 3, 24, 24), against=_CNN_PEERS, quick=True),
     Model("CNN", pvk.models.CNN, (64, 3, 24, 24), against=_CNN_PEERS),
@@ -75,6 +84,7 @@ MODELS = (
     Model("ResNet-18", torchvision_model("resnet18")),
     Model("DenseNet-121", torchvision_model("densenet121")),
     Model("EfficientNet-B0", torchvision_model("efficientnet_b0")),
+    Model("ViT-B/16", _vit),
     Model("VGG-16", pvk.models.vgg16, dtype=torch.bfloat16),
     Model("ResNet-50", torchvision_model("resnet50"), dtype=torch.bfloat16, quick=True),
 )
@@ -85,6 +95,7 @@ _ON_CUDA: tuple[tuple[str, Callable[[], nn.Module], int, tuple[int, ...]], ...] 
     ("VGG-16", pvk.models.vgg16, 224, (1, 8, 32)),
     ("U-Net", pvk.models.UNet, 256, (1, 8, 32)),
     ("MobileNetV3-Large", torchvision_model("mobilenet_v3_large"), 224, (1, 8, 32)),
+    ("ViT-B/16", _vit, 224, (1, 8, 32)),
 )
 CUDA_MODELS = tuple(
     Model(

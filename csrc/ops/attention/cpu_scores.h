@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "core/buffer.h"
-#include "core/moments.h"
+#include "core/largest.h"
 #include "core/simd_math.h"
 #include "ops/attention/attention.h"
 #include "ops/attention/cpu_panels.h"
@@ -96,28 +96,6 @@ void find_absent(const AttentionParams& p, BiasRows<scalar_t>& bias, int64_t b, 
     const KeyRange range = window_of(p, keys, i, i);
     const auto* const row = bias.row(b, h, i, range);
     for (int64_t j = range.begin; j < range.end; ++j) absent[j] = absent[j] && row[j] == -kInfinity<float>;
-  }
-}
-
-// The larger; not of NaN, which the sum of exponentials keeps.
-template <typename T>
-PVK_INLINE Vec<T> larger_of(Vec<T> a, Vec<T> b) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_maskz_max_ps(__mmask16(-1), (__m512)b, (__m512)a);
-  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_maskz_max_pd(__mmask8(-1), (__m512d)b, (__m512d)a);
-#elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_max_ps((__m256)b, (__m256)a);
-  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm256_max_pd((__m256d)b, (__m256d)a);
-#endif
-  return a < b ? b : a;
-}
-
-template <typename T, int Bit = kLanes<T> / 2>
-PVK_INLINE T largest_of_lanes(Vec<T> value) {
-  if constexpr (Bit == 0) return value[0];
-  if constexpr (Bit > 0) {
-    value = larger_of<T>(value, lanes_apart<T, Bit>(value, std::make_integer_sequence<int, kLanes<T>>{}));
-    return largest_of_lanes<T, Bit / 2>(value);
   }
 }
 

@@ -5,6 +5,7 @@
 // made in parts whose borders depend on the sizes alone, and then added in order: the same bits for any number of
 // threads.
 #include "core/isa.h"
+#include "core/largest.h"
 #include "core/parallel.h"
 #include "core/simd_math.h"
 #include "core/transpose.h"
@@ -13,20 +14,6 @@
 namespace pvk::softmax_cross_entropy {
 namespace PVK_ISA {
 namespace {
-
-template <typename T>
-PVK_INLINE Vec<T> larger_of(Vec<T> a, Vec<T> b) {  // NaN is left to the sum of exponentials
-  return a < b ? b : a;
-}
-
-template <typename T, int Bit = kLanes<T> / 2>
-PVK_INLINE T largest_of_lanes(Vec<T> value) {
-  if constexpr (Bit == 0) return value[0];
-  if constexpr (Bit > 0) {
-    value = larger_of<T>(value, lanes_apart<T, Bit>(value, std::make_integer_sequence<int, kLanes<T>>{}));
-    return largest_of_lanes<T, Bit / 2>(value);
-  }
-}
 
 template <typename T>
 PVK_INLINE Vec<T> only(Vec<T> value, int lanes) {
