@@ -195,9 +195,14 @@ def exported(model: nn.Module, input: Tensor) -> bytes:
     if _LAST and _LAST[0] is model and _LAST[1] == input.shape:
         return _LAST[2]
     file: Any = io.BytesIO()  # which the exporter takes, whatever its type says
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(model, (input,), file, dynamo=False, input_names=["input"], output_names=["output"])
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its operators have no counterpart in ONNX
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(model, (input,), file, dynamo=False, input_names=["input"], output_names=["output"])
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     _LAST[:] = [model, input.shape, file.getvalue()]
     return _LAST[2]
 

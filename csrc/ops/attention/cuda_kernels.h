@@ -19,14 +19,14 @@ auto dispatch_among(const AttentionParams& p, const Body& body) {
 }
 template <typename Body>
 auto dispatch_biased(const AttentionParams& p, const Body& body) {
-  if (p.seed != nullptr) return dispatch_among<kDropped, 64, 128, 256>(p, body);
-  return dispatch_among<kBiased, 32, 64, 96, 128, 256>(p, body);
+  if (p.seed != nullptr) return dispatch_among<kDropped, 64, 256>(p, body);
+  return dispatch_among<kBiased, 32, 64, 128, 256>(p, body);
 }
 template <typename scalar_t, typename Body>
 auto dispatch_features(const AttentionParams& p, const Body& body) {
   if constexpr (sizeof(scalar_t) == 2) {
     if (p.bias == nullptr && p.seed == nullptr)
-      return dispatch_among<kPlain, 16, 32, 48, 64, 80, 96, 128, 160, 192, 256>(p, body);
+      return dispatch_among<kPlain, 32, 64, 80, 96, 128, 256>(p, body);
   }
   return dispatch_biased(p, body);
 }
