@@ -195,3 +195,15 @@ def graphed(call: Call) -> Call:
         return kept
 
     return replay
+
+
+def peak_bytes(call: Call) -> int:
+    """Most memory of the GPU that a call holds beside what was there: its results, and what it needs meanwhile."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del result
+    return peak

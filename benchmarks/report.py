@@ -4,7 +4,7 @@ A row of the record has the labels op, case, dtype, layout, direction, mode, pro
 call) and `ratio` (peer / ours), each with median, q1, q3; rounds; error, peer_error and allowed (relative to the
 largest value; absent end to end); source_hash of the kernel. Where its work is counted: `work` (bytes, flops,
 precision), gb_per_s and gflop_per_s of ours, `floor`, the seconds that the work takes at least by the ceilings of the
-device, and `share`, the floor over ours.
+device, and `share`, the floor over ours. On CUDA peak_bytes and peer_peak_bytes: what a call holds at most.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def print_table(record: dict[str, Any], console: Console) -> None:
     )
     for column in ("case", "dtype", "layout", "direction", "against"):
         table.add_column(column, overflow="fold")
-    for column in ("ours", "peer", "ratio", "quartiles", "GB/s", "GFLOP/s", "% of floor", "error"):
+    for column in ("ours", "peer", "ratio", "quartiles", "GB/s", "GFLOP/s", "% of floor", "peak MB", "error"):
         table.add_column(column, justify="right", no_wrap=True)
     for op, rows in by_op(record["rows"]).items():
         table.add_row(f"[bold]{op}")
@@ -113,6 +113,7 @@ def _cells(row: Row) -> list[str]:
         f"{row['gb_per_s']:.1f}" if "gb_per_s" in row else "",
         f"{row['gflop_per_s']:.1f}" if "gflop_per_s" in row else "",
         f"{row['share']:.0%}" if "share" in row else "",
+        f"{row['peak_bytes'] / 2**20:.0f} of {row['peer_peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else "",
         f"{row['error']:.0e}" if "error" in row else "",
     ]
 

@@ -20,7 +20,18 @@ def op_names() -> list[str]:
 # verification outlives a change of them.
 CPU_ONLY = {
     f"{name}.h"
-    for name in ("amx", "buffer", "dispatch", "epilogue", "isa", "memory", "parallel", "radix_sort", "transpose")
+    for name in (
+        "amx",
+        "buffer",
+        "dispatch",
+        "epilogue",
+        "isa",
+        "largest",
+        "memory",
+        "parallel",
+        "radix_sort",
+        "transpose",
+    )
 }
 
 

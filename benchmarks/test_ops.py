@@ -169,7 +169,7 @@ def _time(benchmark: Any, row: Row, result: Result, seconds_of_row: float) -> No
     ours, peer = row.ours(), row.peer()
     seen = operators_seen(ours)
     operator = row.spec.operators_on(row.device == "cuda")[row.direction == "backward"]
-    assert f"pvk::{operator}" in seen or any(name.startswith("pvk::_conv2d_triton") for name in seen)
+    assert f"pvk::{operator}" in seen or any(name.startswith("pvk::_") and "_triton" in name for name in seen)
     assert not [name for name in seen if name.startswith("torchvision::")]
 
     if row.mode == "graph":
@@ -181,6 +181,8 @@ def _time(benchmark: Any, row: Row, result: Result, seconds_of_row: float) -> No
     if timing is None:
         return
     info = {**row.labels, "error": result.error, "peer_error": result.peer_error, "allowed": result.allowed}
+    if row.device == "cuda" and row.mode == "eager" and row.calls == 1:
+        info["peak_bytes"], info["peer_peak_bytes"] = pair.peak_bytes(ours), pair.peak_bytes(peer)
     info["source_hash"] = sources.kernel_hash(row.spec.family, row.device)
     if row.direction == "forward" and row.calls == 1:  # the cases count a forward's work
         inputs = _inputs(row.case, row.dtype, row.device, row.layout)
