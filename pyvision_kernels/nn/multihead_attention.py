@@ -9,6 +9,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyvision_kernels._norm import opmath
 from pyvision_kernels._packed import Packs
 from pyvision_kernels.nn._layer import Layer, is_for_torch, is_traced
 from pyvision_kernels.nn.linear import Linear
@@ -32,8 +33,10 @@ class MultiheadAttention(Layer, nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` by our kernels; same arguments, parameters and state_dict.
 
     Query, key and value are projected in one product where they are one tensor, and the heads are read where the
-    product left them. The weights of ``need_weights=True`` follow from the logarithms of the sums, so that the output
-    is the same with and without them; a query that looks at no key gets zeros, where torch's has NaN.
+    product left them. The weights of ``need_weights=True`` are made beside the output, which is the same with and
+    without them, in memory of N * num_heads * L * S; a query that looks at no key gets zeros, where torch's may have
+    NaN. torch's layer runs under autocast, as of `Linear`, for nested tensors, for heads of more than 256 features, and
+    for whatever it refuses.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -67,12 +70,10 @@ class MultiheadAttention(Layer, nn.MultiheadAttention):
         plainly_causal = is_causal and key_padding_mask is None and not need_weights
         bias = None if plainly_causal else self._bias(key_padding_mask, attn_mask, heads)
         dropout = self.dropout if self.training else 0.0
-        weights = None
-        if need_weights and dropout:
-            output, weights = _composed(*heads, bias, dropout)
-        elif need_weights:
-            output, lse = attention(*heads, bias, return_lse=True)
-            weights = _weights(*heads[:2], bias, lse)
+        weights = _weights(*heads[:2], bias) if need_weights else None
+        if weights is not None and dropout:  # torch's layer returns those that it left
+            weights = F.dropout(weights, dropout)
+            output = weights @ heads[2]
         else:
             output = attention(*heads, bias, is_causal=plainly_causal, dropout_p=dropout)
         rows = output.transpose(1, 2).flatten(2)  # [N, L, E]
@@ -167,23 +168,15 @@ def _linear(
     return run_linear(input, weight, bias, activation=activation, packs=packs)
 
 
-def _scores(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
-    scores = query @ key.mT / math.sqrt(query.size(-1))
+def _weights(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+    """[N, H, L, S], by PyTorch's operators; zeros of a query that looks at no key. In float32 for 16-bit types."""
+    wide = opmath(query.dtype)
+    scores = query.to(wide) @ key.to(wide).mT / math.sqrt(query.size(-1))
     if bias is None:
-        return scores
-    return scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
-
-
-def _weights(query: Tensor, key: Tensor, bias: Tensor | None, lse: Tensor) -> Tensor:
-    """[N, H, L, S], from the logarithms of the sums, in their dtype as these are."""
-    scores = _scores(query.to(lse.dtype), key.to(lse.dtype), bias)
-    return (scores - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp().to(query.dtype)
-
-
-def _composed(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
-    """Output and weights by PyTorch's operators: with dropout, torch's layer returns those that it left."""
-    weights = F.dropout(_scores(query, key, bias).softmax(-1), dropout)
-    return weights @ value, weights
+        return scores.softmax(-1).to(query.dtype)
+    scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
+    nothing = (scores == -math.inf).all(-1, keepdim=True)
+    return scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0).to(query.dtype)
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
