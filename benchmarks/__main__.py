@@ -1,5 +1,7 @@
 """`python -m benchmarks`: verify, time every case against its peer, run whole models, detect on a photograph, report.
 
+On a GPU whole models and the matrix of convolutions are parts by themselves (--only), or of --full.
+
 The record, the chart and the picture go to benchmarks/out/, or with --save to benchmarks/results/<device>/.
 """
 
@@ -8,9 +10,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +23,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import end_to_end, environment, models, report
+from benchmarks import ceilings, convolutions, end_to_end, environment, models, report
 from benchmarks.sources import RESULTS, ROOT
 
 OUT = ROOT / "benchmarks" / "out"
 BUSY = 0.5  # Processes a CPU before we start.
-MODELS = "models"  # for --only: whole models alone
+MODELS, CONVOLUTIONS = "models", "convolutions"  # for --only: one of these alone
+# On a GPU: seconds after which no model, or row of the matrix, is begun, by the size of the run.
+BUDGETS = {
+    MODELS: {"smoke": 60.0, "quick": 120.0, "full": 3600.0},
+    CONVOLUTIONS: {"smoke": 60.0, "quick": 60.0, "full": 5400.0},
+}
 SECONDS_OF_A_ROW = {"smoke": 0.02, "quick": 0.4, "full": 4.0}
 
 
@@ -63,7 +72,7 @@ def _reason(report: pytest.TestReport) -> str:
 def verify(options: argparse.Namespace) -> bool:
     command = [sys.executable, "-m", "pyvision_kernels", "verify", "--device", options.device]
     command += [] if options.full else ["--small"]
-    command += ["conv2d", "linear"] if options.only == MODELS else [options.only] if options.only else []
+    command += ["conv2d", "linear"] if options.only in BUDGETS else [options.only] if options.only else []
     return subprocess.run(command, cwd=ROOT).returncode == 0
 
 
@@ -100,11 +109,22 @@ def detect(name: str, options: argparse.Namespace, folder: Path, console: Consol
     return end_to_end.as_row(outcome)
 
 
-def whole_models(options: argparse.Namespace, console: Console) -> tuple[list[report.Row], list[str]]:
-    if options.device != "cpu":
-        console.print("whole models are compared on the CPU only, for now")
-        return [], []
-    return models.run_all(options.size, console)
+def parts_of(options: argparse.Namespace) -> list[str]:
+    """What is timed beside the cases: on the CPU whole models, on CUDA what was asked for, or all with --full."""
+    if options.only:
+        return [options.only] if options.only in BUDGETS else []
+    if options.device == "cpu":
+        return [MODELS]
+    return list(BUDGETS) if options.size == "full" else []
+
+
+def run_part(part: str, options: argparse.Namespace, console: Console) -> tuple[list[report.Row], list[str], list[str]]:
+    """Its rows, what was wrong, and what its budget did not reach."""
+    budget = BUDGETS[part][options.size] if options.device == "cuda" else math.inf
+    budget = budget if options.budget is None else options.budget
+    if part == MODELS:
+        return models.run_all(options.size, console, options.device, budget, options.match)
+    return convolutions.run_all(options.size, console, options.device, budget, options.match, options.tune)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -116,7 +136,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--save", action="store_true", help="write to benchmarks/results/<device>/")
     parser.add_argument("--out", type=Path, default=OUT, help="folder to write to without --save")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", metavar="OP", help="this op alone, and nothing end to end; or: models")
+    parser.add_argument("--only", metavar="OP", help="this op alone, and nothing end to end; or: models, convolutions")
+    parser.add_argument("--budget", type=float, help="seconds after which no model or layer of the matrix is begun")
+    parser.add_argument("--match", default="", help="models and layers of the matrix with this in their names alone")
+    parser.add_argument("--tune", action="store_true", help="tune each layer of the matrix too, on a GPU")
     parser.add_argument("--no-verify", action="store_true", help="where the test suite has just passed")
     options = parser.parse_args(arguments)
     options.size = "smoke" if options.smoke else "full" if options.full else "quick"
@@ -124,6 +147,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--smoke goes with neither --save nor --full")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
+    if options.device == "cpu" and not options.smoke and (options.only == CONVOLUTIONS or options.tune):
+        parser.error("the matrix of convolutions is for a GPU; on the CPU it goes with --smoke alone")
     return options
 
 
@@ -142,26 +167,36 @@ def main(arguments: list[str] | None = None) -> int:
     if verified is False:
         console.print("verify failed: what computes the wrong thing is not timed", style="red")
         return 1
+    measured = ceilings.measure(options.device, options.smoke)
+    console.print(f"at best: {measured}", highlight=False)
     rows: list[report.Row] = []
     failed: list[str] = []
-    if options.only != MODELS:
+    skipped: list[str] = []
+    if options.only not in BUDGETS:
         rows, failed = benchmark_cases(options, OUT if options.save else folder, console)
-    if options.only in (None, MODELS):
-        more, wrong = whole_models(options, console)
-        rows, failed = rows + more, failed + wrong
+    for part in parts_of(options):
+        more, wrong, missed = run_part(part, options, console)
+        rows, failed, skipped = rows + more, failed + wrong, skipped + missed
     for name in [] if options.only else end_to_end.DETECTORS:
         try:
             rows.append(detect(name, options, folder, console))
         except AssertionError as error:
             failed.append(f"end_to_end {name}: {error}")
 
+    for row in rows:
+        measured.judge(row)
     record = report.record_of(rows, failed, options.device, verified, load)
+    record |= {"ceilings": asdict(measured), "skipped": skipped}
     report.print_table(record, console)
     for line in failed:
         console.print(f"FAILED, not timed: {line}", style="red", markup=False, soft_wrap=True)
+    for line in skipped:
+        console.print(f"skipped, out of time: {line}", style="yellow", markup=False, soft_wrap=True)
     for path in report.write(record, folder, f"bench-{options.only}" if options.only else "bench"):
         console.print(f"wrote {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}", highlight=False)
-    console.print(f"{len(rows)} rows, {len(failed)} failed, {time.perf_counter() - start:.0f} s in all")
+    console.print(
+        f"{len(rows)} rows, {len(failed)} failed, {len(skipped)} skipped, {time.perf_counter() - start:.0f} s in all"
+    )
     return 1 if failed else 0
 
 

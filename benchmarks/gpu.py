@@ -1,9 +1,9 @@
 """`python -m benchmarks.gpu`: everything that only a GPU can show, in stages, within eight minutes.
 
-build -> suite of each op -> the emulator's own tests -> compute-sanitizer of each op -> benchmarks. Ops whose sources
-changed since they were last verified come first. Each stage is a process with a time box and a log in
-benchmarks/results/<gpu>/; what passed on the same inputs before is skipped, so that a run that was cut off goes on
-where it ended. ONLY=<op> runs one op alone.
+build -> suite of each op -> the emulator's own tests -> compute-sanitizer of each op -> benchmarks: cases, the matrix
+of convolutions, whole models. Ops whose sources changed since they were last verified come first. Each stage is a
+process with a time box and a log in benchmarks/results/<gpu>/; what passed on the same inputs before is skipped, so
+that a run that was cut off goes on where it ended. ONLY=<op> runs one op alone.
 Needs Python with torch, nvcc, and what the build and the benchmarks import; neither network nor a virtual environment.
 """
 
@@ -93,6 +93,8 @@ def stages(ops: list[str], only: str) -> list[Stage]:
     command = [PYTHON, "-m", "benchmarks", "--device", "cuda", "--save", "--no-verify"]
     name = f"benchmarks-{only}" if only else "benchmarks"
     result.append(Stage(name, command + (["--only", only] if only else []), timed, 240))
+    for part, limit in (("convolutions", 120), ("models", 240)) if not only else ():
+        result.append(Stage(part, [*command, "--only", part], timed, limit))
     return result
 
 

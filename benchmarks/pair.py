@@ -170,11 +170,12 @@ def measure(benchmark: Any, ours: Call, peer: Call, clock: Clock, seconds: float
     return timing
 
 
-def interleave(ours: Call, peer: Call, clock: Clock, seconds: float) -> Timing:
+def interleave(ours: Call, peer: Call, clock: Clock, seconds: float, calls: int = 1) -> Timing:
     """The same rounds without pytest-benchmark, within a time box."""
+    ours, peer = repeated(ours, calls), repeated(peer, calls)
     rounds = rounds_within(seconds, warm_up(ours, peer, clock))
     pairs = [(timed(peer, clock), timed(ours, clock)) for _ in range(rounds)]
-    return Timing.of([mine for _, mine in pairs], [theirs for theirs, _ in pairs])
+    return Timing.of([mine / calls for _, mine in pairs], [theirs / calls for theirs, _ in pairs])
 
 
 def graphed(call: Call) -> Call:

@@ -1,7 +1,8 @@
-"""Other ways to run a whole model on the CPU: PyTorch's own, ONNX Runtime, OpenVINO.
+"""Other ways to run a model: PyTorch's own, on the CPU also ONNX Runtime and OpenVINO.
 
-Each maker takes the model in eval mode and its input, and returns a call that gives the output. All run with as many
-threads as torch. A maker raises `Absent` where its package is missing or cannot take the model.
+Each maker takes the model in eval mode and its inputs, and returns a call that gives the output. On the CPU all run
+with as many threads as torch; on CUDA cuDNN searches for its fastest kernels, for all of them (`searching`). A maker
+raises `Absent` where its package is missing or cannot take the model.
 """
 
 from __future__ import annotations
@@ -11,44 +12,110 @@ import copy
 import functools
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.pair import Call
+from benchmarks.pair import Call, Timing, graphed
 
-Maker = Callable[[nn.Module, Tensor], Call]
+Maker = Callable[..., Call]
+FAR_OFF = 10  # Times as far off as ours may be: such a peer is left out.
+WARM_UPS = 3  # Calls: the mode reduce-overhead records its CUDA graphs at the second
 
 
 class Absent(Exception):
     """Why a peer is left out."""
 
 
-def eager(model: nn.Module, input: Tensor) -> Call:
-    return lambda: model(input)
+@dataclass(frozen=True)
+class Compared:
+    """Ours against each peer, their errors, and why others are left out; by the peer's name."""
+
+    timings: dict[str, Timing] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def fastest(self) -> str | None:
+        return min(self.timings, key=lambda name: self.timings[name].ratio.median, default=None)
 
 
-def channels_last(model: nn.Module, input: Tensor) -> Call:
+def compare(
+    makers: Mapping[str, Maker],
+    given: tuple[Any, ...],
+    error_of: Callable[[Any], float],
+    allowed: float,
+    time: Callable[[str, Call], Timing],
+) -> Compared:
+    """Times every peer that is there and right.
+
+    Args:
+        given: What a maker is called with.
+        error_of: The error of a result.
+        allowed: What ours may have.
+        time: Takes the name and the call of a peer.
+    """
+    found = Compared()
+    with nothing_kept():
+        for name, make in makers.items():
+            try:
+                call = make(*given)
+                error = error_of(call())
+            except Absent as reason:
+                found.left_out[name] = str(reason)
+                continue
+            found.errors[name] = error
+            if not error <= FAR_OFF * allowed:
+                found.left_out[name] = f"its error is {error:.1e}"
+                continue
+            found.timings[name] = time(name, call)
+    return found
+
+
+def eager(model: nn.Module, *inputs: Tensor) -> Call:
+    return lambda: model(*inputs)
+
+
+def channels_last(model: nn.Module, *inputs: Tensor) -> Call:
+    return eager(*in_channels_last(model, *inputs))
+
+
+def in_channels_last(model: nn.Module, *inputs: Tensor) -> tuple[Any, ...]:
+    """A copy of the model, and the inputs."""
     model = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    input = input.contiguous(memory_format=torch.channels_last)
-    return lambda: model(input)
+    return model, *(input.contiguous(memory_format=torch.channels_last) for input in inputs)
 
 
-def compiled(model: nn.Module, input: Tensor) -> Call:
-    """torch.compile in its default mode, weights frozen into the code."""
+def compiled(model: nn.Module, *inputs: Tensor, freezing: bool = True, **options: Any) -> Call:
+    """torch.compile, in its default mode if no other is given; freezing: the weights are a part of the code."""
     from torch._inductor import config
 
     torch._dynamo.reset()
-    call = torch.compile(copy.deepcopy(model))
+    call = torch.compile(copy.deepcopy(model), **options)
     try:
-        with config.patch(freezing=True), warnings.catch_warnings():
+        with config.patch(freezing=freezing), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            call(input)
+            for _ in range(WARM_UPS if options else 1):
+                call(*inputs)
     except Exception as error:  # whatever the compiler or its C++ compiler raise
         raise Absent(f"torch.compile: {str(error).splitlines()[0]}") from error
-    return lambda: call(input)
+    return lambda: call(*inputs)
+
+
+def compiled_channels_last(model: nn.Module, *inputs: Tensor, mode: str = "default") -> Call:
+    """Of a mode, for these sizes alone."""
+    return compiled(*in_channels_last(model, *inputs), freezing=False, dynamic=False, mode=mode)
+
+
+def replayed(model: nn.Module, *inputs: Tensor) -> Call:
+    """Eager in channels_last, captured in a CUDA graph; unlike ours, inputs and output are not copied."""
+    try:
+        return graphed(channels_last(model, *inputs))
+    except RuntimeError as error:
+        raise Absent(f"CUDA graph: {str(error).splitlines()[0]}") from error
 
 
 def onnx_runtime(model: nn.Module, input: Tensor) -> Call:
@@ -79,7 +146,7 @@ def bfloat16_channels_last(model: nn.Module, input: Tensor) -> Call:
     return channels_last(copy.deepcopy(model).bfloat16(), input.bfloat16())
 
 
-# Of a table in a dtype; the input is float32 for all.
+# On the CPU, of a table in a dtype; the input is float32 for all.
 PEERS: dict[torch.dtype, dict[str, Maker]] = {
     torch.float32: {
         "eager": eager,
@@ -93,6 +160,33 @@ PEERS: dict[torch.dtype, dict[str, Maker]] = {
         "OpenVINO bf16": functools.partial(openvino, precision="bf16"),
     },
 }
+
+# Of one layer, and of a whole model on CUDA; model and inputs are in the dtype of the row.
+LAYER_PEERS: dict[str, Maker] = {
+    "eager": eager,
+    "eager, channels_last": channels_last,
+    "torch.compile": compiled_channels_last,
+}
+CUDA_PEERS: dict[str, Maker] = {
+    **LAYER_PEERS,
+    "torch.compile, reduce-overhead": functools.partial(compiled_channels_last, mode="reduce-overhead"),
+    "eager, channels_last, CUDA graph": replayed,
+}
+
+
+def of_models(device: str, dtype: torch.dtype) -> dict[str, Maker]:
+    return CUDA_PEERS if device == "cuda" else PEERS[dtype]
+
+
+@contextlib.contextmanager
+def searching() -> Iterator[None]:
+    """cuDNN measures its kernels for each new convolution, and takes the fastest."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def exported(model: nn.Module, input: Tensor) -> bytes:

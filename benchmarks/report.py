@@ -2,7 +2,9 @@
 
 A row of the record has the labels op, case, dtype, layout, direction, mode, provider; `ours`, `peer` (seconds of a
 call) and `ratio` (peer / ours), each with median, q1, q3; rounds; error, peer_error and allowed (relative to the
-largest value; absent end to end); gb_per_s and gflop_per_s of ours (forward only); source_hash of the kernel.
+largest value; absent end to end); source_hash of the kernel. Where its work is counted: `work` (bytes, flops,
+precision), gb_per_s and gflop_per_s of ours, `floor`, the seconds that the work takes at least by the ceilings of the
+device, and `share`, the floor over ours.
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ def print_table(record: dict[str, Any], console: Console) -> None:
     )
     for column in ("case", "dtype", "layout", "direction", "against"):
         table.add_column(column, overflow="fold")
-    for column in ("ours", "peer", "ratio", "quartiles", "GB/s", "GFLOP/s", "error"):
+    for column in ("ours", "peer", "ratio", "quartiles", "GB/s", "GFLOP/s", "% of floor", "error"):
         table.add_column(column, justify="right", no_wrap=True)
     for op, rows in by_op(record["rows"]).items():
         table.add_row(f"[bold]{op}")
@@ -110,6 +112,7 @@ def _cells(row: Row) -> list[str]:
         f"{ratio['q1']:.2f}-{ratio['q3']:.2f}",
         f"{row['gb_per_s']:.1f}" if "gb_per_s" in row else "",
         f"{row['gflop_per_s']:.1f}" if "gflop_per_s" in row else "",
+        f"{row['share']:.0%}" if "share" in row else "",
         f"{row['error']:.0e}" if "error" in row else "",
     ]
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import pyvision_kernels as pvk
-from benchmarks import pair, sources
+from benchmarks import ceilings, pair, sources
 from pyvision_kernels._case import Case, Inputs, OpCases, all_cases, tensors_of
 from pyvision_kernels._verify import Result, run_case
 
@@ -185,6 +185,7 @@ def _time(benchmark: Any, row: Row, result: Result, seconds_of_row: float) -> No
     if row.direction == "forward" and row.calls == 1:  # the cases count a forward's work
         inputs = _inputs(row.case, row.dtype, row.device, row.layout)
         output = row.spec.op(**inputs)
-        info["gb_per_s"] = row.spec.bytes(inputs, output) / timing.ours.median / 1e9
-        info["gflop_per_s"] = row.spec.flops(inputs, output) / timing.ours.median / 1e9
+        moved, flops = row.spec.bytes(inputs, output), row.spec.flops(inputs, output)
+        precision = ceilings.precision(row.dtype, row.device, row.spec.family)
+        info["work"] = ceilings.work_of(moved, flops, precision)
     benchmark.extra_info.update(info)

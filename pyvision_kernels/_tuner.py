@@ -205,9 +205,20 @@ def _identity(gpu: str) -> dict[str, str]:
     return {"gpu": gpu, "triton": triton, "torch": torch.__version__, "pyvision_kernels": __version__}
 
 
+_archs: dict[str, int] = {}  # by names of GPUs
+
+
 @functools.cache
 def gpu_name(index: int | None) -> str:
-    return torch.cuda.get_device_name(index)
+    name = torch.cuda.get_device_name(index)
+    major, minor = torch.cuda.get_device_capability(index)
+    _archs[name] = 10 * major + minor
+    return name
+
+
+def arch_of(gpu: str) -> int:
+    """The compute capability of a GPU that gpu_name has named: 80, 90, ..."""
+    return _archs[gpu]
 
 
 TUNER = Tuner(CudaTimer(), cache_folder, _identity)

@@ -22,6 +22,10 @@ _TORCH = {
     "aten::addmm": "linear",
     "aten::mm": "linear",
     "aten::linear": "linear",
+    "aten::_scaled_dot_product_cudnn_attention": "attention",
+    "aten::_scaled_dot_product_efficient_attention": "attention",
+    "aten::_scaled_dot_product_flash_attention": "attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
     "aten::cudnn_batch_norm": "batch_norm",
     "aten::native_batch_norm": "batch_norm",
     "aten::native_group_norm": "group_norm",
@@ -33,7 +37,7 @@ def explain(layer_or_function: Callable[..., Any], *inputs: Any, **options: Any)
     """Names the kernels that a layer, a model or a function takes for these inputs, by calling it once.
 
     The call is made without gradients, in the modes, and under the `pvk.backend`, that are in force. Listed are all
-    operators of ours, and PyTorch's convolutions, matrix products and normalisations, in their order.
+    operators of ours, and PyTorch's convolutions, matrix products, attention and normalisations, in their order.
 
     Args:
         layer_or_function (callable): A layer, a model, or a function such as `pvk.ops.conv2d`.
@@ -68,7 +72,9 @@ class _Recorder(TorchDispatchMode):
         space, _, op = name.partition("::")
         if space == "pvk" and not (op.startswith("_") and op.endswith("_pack")):
             values = {part.name: value for part, value in zip(func._schema.arguments, args, strict=False)}
-            shown = op.replace("_conv2d_triton_", "_conv2d_").replace("_conv2d_triton", "conv2d")
+            shown = op.replace("_triton_", "_")
+            if op.endswith("_triton"):
+                shown = op.removeprefix("_").removesuffix("_triton")
             self.lines.append(f"{shown} {_sizes(args)}: pvk{_how(op, values)}{self._why(op)}")
         elif name in _TORCH:
             self.lines.append(f"{_TORCH[name]} {_sizes(args)}: torch {name}{self._why(_TORCH[name])}")
@@ -94,14 +100,18 @@ def _sizes(args: Any) -> str:
 def _how(op: str, values: dict[str, Any]) -> str:
     parts = [algorithm.name_of(values["algorithm"])] if "algorithm" in values else []
     if "triton" in op:
-        parts = ["triton tf32" if values["algorithm"] == algorithm.TF32 else "triton"]
-    if values.get("scale") is not None or values.get("shift") is not None:
+        parts = ["triton tf32" if values.get("algorithm") == algorithm.TF32 else "triton"]
+    if any(isinstance(values.get(name), Tensor) for name in ("scale", "shift")):
         parts.append("scale and shift")
+    if "attention" in op and values.get("bias") is not None:
+        parts.append("bias")
+    if values.get("dropout_p"):
+        parts.append("dropout")
     if values.get("residual") is not None:
         parts.append("residual")
     if values.get("activation"):
         parts.append(str(NAMES[values["activation"]]))
     if values.get("pool"):
         parts.append("2 x 2 pool")
-    head = f" {parts.pop(0)}" if "algorithm" in values else ""
+    head = f" {parts.pop(0)}" if "algorithm" in values or "triton" in op else ""
     return head + "".join(f" + {part}" for part in parts)

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("torchvision")
 pytest.importorskip("pytest_benchmark")
 
 import pyvision_kernels as pvk
-from benchmarks import end_to_end, gpu, gpu_status, models, pair, peers, report, sources
+from benchmarks import ceilings, convolutions, end_to_end, gpu, gpu_status, layers, models, pair, peers, report, sources
 from benchmarks.gpu_state import State, standing
 from pyvision_kernels._case import all_cases
 
@@ -147,6 +148,18 @@ def test_smoke_of_the_main_job(tmp_path):
     (model,) = [row for row in record["rows"] if row["op"] == "models"]
     assert (model["case"], model["provider"]) == ("CNN, 1 x 3 x 24 x 24", "eager")
     assert model["error"] <= model["allowed"]
+    rates = record["ceilings"]
+    judged = [row for row in record["rows"] if "work" in row]
+    assert {row["op"] for row in judged} >= {"conv2d", "nms", "models"}
+    for row in judged:
+        work = row["work"]
+        moving, computing = (
+            work["bytes"] / rates["bytes_per_second"],
+            work["flops"] / rates["flops_per_second"][work["precision"]],
+        )
+        assert row["floor"] == max(moving, computing)
+        assert row["share"] == row["floor"] / row["ours"]["median"]
+    assert record["skipped"] == []
     assert (tmp_path / "bench.png").stat().st_size > 10_000
     assert "median of the op" in done.stdout
 
@@ -157,12 +170,14 @@ SMALL = models.Model("small", pvk.models.CNN, (1, 3, 24, 24))
 def test_a_model_is_compared_with_every_peer_and_reported_against_the_fastest():
     outcome = models.run(SMALL, 0.02)
     makers = peers.PEERS[torch.float32]
-    assert {*outcome.timings, *outcome.left_out} == set(makers)
-    for reason in outcome.left_out.values():
+    timings, left_out = outcome.compared.timings, outcome.compared.left_out
+    assert {*timings, *left_out} == set(makers)
+    for reason in left_out.values():
         assert "is not installed" in reason or "torch.compile" in reason
     (row,) = models.as_rows(outcome)
-    assert row["provider"] == min(outcome.timings, key=lambda name: outcome.timings[name].ratio.median)
-    assert set(row["peers"]) == set(outcome.timings)
+    assert row["provider"] == min(timings, key=lambda name: timings[name].ratio.median)
+    assert set(row["peers"]) == set(timings)
+    assert row["work"]["flops"] == 2 * (32 * 27 * 576 + 64 * 288 * 144 + 128 * 2304 + 10 * 128)
     console = report.Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
     models.print_table([outcome], console)
     assert "small, 1 x 3 x 24 x 24" in console.export_text()
@@ -172,9 +187,9 @@ def test_a_peer_that_is_not_installed_is_named_and_left_out(monkeypatch):
     for name in ("onnxruntime", "openvino"):
         monkeypatch.setitem(sys.modules, name, None)
     outcome = models.run(SMALL, 0.02, ("eager", "ONNX Runtime", "OpenVINO"))
-    assert set(outcome.timings) == {"eager"}
-    assert outcome.left_out["OpenVINO"] == "openvino is not installed"
-    assert outcome.left_out["ONNX Runtime"] == "onnxruntime is not installed"
+    assert set(outcome.compared.timings) == {"eager"}
+    assert outcome.compared.left_out["OpenVINO"] == "openvino is not installed"
+    assert outcome.compared.left_out["ONNX Runtime"] == "onnxruntime is not installed"
 
 
 def test_a_model_with_a_wrong_output_gets_no_speed_up(monkeypatch):
@@ -183,17 +198,17 @@ def test_a_model_with_a_wrong_output_gets_no_speed_up(monkeypatch):
     with pytest.raises(AssertionError, match="expected an error of at most"):
         models.run(SMALL, 0.02)
     monkeypatch.setattr(models, "MODELS", (SMALL,))
-    rows, failed = models.run_all("smoke", report.Console(quiet=True))
+    rows, failed, _ = models.run_all("smoke", report.Console(quiet=True))
     assert rows == []
-    assert failed[0].startswith("models small float32: expected an error")
+    assert failed[0].startswith("models small, 1 x 3 x 24 x 24 float32: expected an error")
 
 
 def test_a_peer_with_a_wrong_output_is_left_out(monkeypatch):
     wrong = {"eager": peers.eager, "wrong": lambda model, input: lambda: model(input) + 1}
     monkeypatch.setitem(peers.PEERS, torch.float32, wrong)
     outcome = models.run(SMALL, 0.02)
-    assert set(outcome.timings) == {"eager"}
-    assert outcome.left_out["wrong"].startswith("its error is ")
+    assert set(outcome.compared.timings) == {"eager"}
+    assert outcome.compared.left_out["wrong"].startswith("its error is ")
 
 
 @pytest.mark.parametrize("model", models.MODELS, ids=lambda model: f"{model.name}-{model.size[0]}-{model.dtype}")
@@ -201,6 +216,143 @@ def test_models_can_be_made(model):
     with torch.device("meta"):
         made = model.make().eval()
         assert made(torch.empty(model.size)).shape[0] == model.size[0]
+
+
+def test_the_floor_is_of_whatever_takes_longer():
+    limits = ceilings.Ceilings(bytes_per_second=100.0, flops_per_second={"bfloat16": 1000.0}, launch=None)
+    assert limits.floor(bytes=200.0, flops=500.0, precision="bfloat16") == 2.0
+    assert limits.floor(bytes=20.0, flops=500.0, precision="bfloat16") == 0.5
+    row = {"work": ceilings.work_of(200.0, 500.0, "bfloat16"), "ours": {"median": 4.0}}
+    limits.judge(row)
+    assert (row["floor"], row["share"]) == (2.0, 0.5)
+    assert (row["gb_per_s"], row["gflop_per_s"]) == (50e-9, 125e-9)
+    assert str(limits) == "a copy 1e-07 GB/s, bfloat16 1e-06 GFLOP/s"
+
+
+def test_ceilings_are_measured_on_the_cpu():
+    measured = ceilings.measure("cpu", smoke=True)
+    assert measured.bytes_per_second > 0
+    assert measured.flops_per_second.keys() == {"float32", "bfloat16"}
+    assert measured.flops_per_second["bfloat16"] >= measured.flops_per_second["float32"] > 0
+    assert measured.launch is None
+
+
+def test_layers_are_those_of_the_models():
+    vgg, resnet = layers.found_in("VGG-16"), layers.found_in("ResNet-50")
+    assert [(layer.C, layer.K, layer.H) for layer in vgg] == [
+        (3, 64, 224),
+        (64, 64, 224),
+        (64, 128, 112),
+        (128, 128, 112),
+        (128, 256, 56),
+        (256, 256, 56),
+        (256, 512, 28),
+        (512, 512, 28),
+        (512, 512, 14),
+    ]
+    names = [layer.name for layer in resnet]
+    assert names[0] == "ResNet-50, 7x7/2 3-64 at 224x224 bn relu"
+    assert {
+        "ResNet-50, 1x1 64-256 at 56x56 bn add relu",
+        "ResNet-50, 1x1/2 256-512 at 56x56 bn",
+        "ResNet-50, 3x3/2 128-128 at 56x56 bn relu",
+        "ResNet-50, 1x1 2048-512 at 7x7 bn relu",
+    } <= set(names)
+    assert len(set(resnet)) == len(resnet) == 24
+    assert {layer.taps for layer in layers.first()} == {(3, 3), (4, 4), (16, 16)}
+    assert {(layer.taps, layer.stride) for layer in layers.depthwise()} >= {
+        ((3, 3), (2, 2)),
+        ((5, 5), (1, 1)),
+        ((7, 7), (1, 1)),
+    }
+
+
+@pytest.mark.parametrize("size", ["quick", "full"])
+def test_the_matrix_names_each_row_once(size):
+    names = [job.name for job in convolutions.jobs(size)]
+    assert len(set(names)) == len(names)
+    assert len(names) == 12 or size == "full"
+
+
+@pytest.mark.parametrize("job", convolutions.jobs("smoke"), ids=lambda job: job.name)
+def test_layers_count_their_work(job):
+    (bytes_, flops), module, inputs = job.layer.work(job.batch, 2), job.layer.module(), job.layer.inputs(job.batch)
+    with FlopCounterMode(display=False) as counter:
+        output = module(*inputs)
+    assert output.shape == (job.batch, job.layer.K, *job.layer.output)
+    assert counter.get_total_flops() == flops
+    weight = module.get_parameter(
+        "weight" if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d) else "conv.weight"
+    )
+    assert bytes_ == 2 * sum(tensor.numel() for tensor in (*inputs, output, weight))
+
+
+def test_smoke_of_the_matrix():
+    rows, failed, skipped = convolutions.run_all("smoke", report.Console(quiet=True), "cpu")
+    assert (failed, skipped) == ([], [])
+    jobs = convolutions.jobs("smoke")
+    assert [(row["case"], row["direction"]) for row in rows[2:]] == [(job.case, job.direction) for job in jobs]
+    assert [set(row["peers"]) for row in rows[:2]] == [{"F.conv2d", "nn.Conv2d"}, {"F.linear", "nn.Linear"}]
+    for row in rows:
+        assert row["error"] <= row["allowed"]
+        assert row["provider"] in row["peers"]
+    for row in rows[2:]:
+        assert set(row["peers"]) == {"eager", "eager, channels_last"}
+        assert row["work"]["flops"] > 0
+    assert "pvk" in rows[2]["kernels"][0]
+    assert "relu" in rows[2]["kernels"][0]
+
+
+def test_short_calls_on_a_gpu_are_replayed_too(monkeypatch):
+    """What a GPU would run, with the CPU in its place; a peer that cannot be captured is named."""
+    made, captured = convolutions._made, []
+
+    def graphed(call: pair.Call) -> pair.Call:
+        captured.append(call)
+        if len(captured) == 4:  # ours, eager, ours, eager in channels_last
+            raise RuntimeError("cannot be captured")
+        return call
+
+    monkeypatch.setattr(convolutions, "_made", lambda job, device: made(job, "cpu"))
+    monkeypatch.setattr(convolutions, "LAUNCH_BOUND", 60.0)
+    monkeypatch.setattr(pair, "clock_of", lambda device: pair.host_clock("cpu"))
+    monkeypatch.setattr(pair, "graphed", graphed)
+    forward, _, _, _, backward = convolutions.jobs("smoke")
+    (eager, graph), left_out = convolutions.run(forward, "cuda", 0.0, convolutions.EAGER, tune=True)
+    assert (eager["mode"], graph["mode"]) == ("eager", "graph")
+    assert (set(eager["peers"]), set(graph["peers"])) == (set(convolutions.EAGER), {"eager"})
+    assert left_out == graph["left_out"] == {"eager, channels_last, graph": "cannot be captured"}
+    assert eager["auto"]["ratio"]["median"] > 0
+    (row,), left_out = convolutions.run(backward, "cuda", 0.0, convolutions.EAGER)
+    assert (row["mode"], left_out) == ("eager", {})
+
+
+def test_a_wrong_layer_gets_no_speed_up(monkeypatch):
+    right = convolutions.ours_of
+    monkeypatch.setattr(convolutions, "ours_of", lambda *arguments: lambda: right(*arguments)() + 1)
+    rows, failed, _ = convolutions.run_all("smoke", report.Console(quiet=True), "cpu")
+    assert len(rows) == 2  # the overheads, which are of other layers
+    assert [line.partition(": ")[0] for line in failed] == [job.name for job in convolutions.jobs("smoke")]
+
+
+def test_what_is_out_of_time_is_named():
+    jobs = [job.name for job in convolutions.jobs("smoke")]
+    rows, failed, skipped = convolutions.run_all("smoke", report.Console(quiet=True), "cpu", budget=-1.0)
+    assert (rows, failed) == ([], [])
+    assert skipped == ["convolutions overhead of conv2d", "convolutions overhead of linear", *jobs]
+    rows, _, skipped = convolutions.run_all("smoke", report.Console(quiet=True), "cpu", match="transposed")
+    assert ([row["case"] for row in rows], skipped) == ([convolutions.jobs("smoke")[1].case], [])
+    assert models.run_all("smoke", report.Console(quiet=True), budget=-1.0) == (
+        [],
+        [],
+        ["models CNN, 1 x 3 x 24 x 24 float32"],
+    )
+
+
+def test_models_on_a_gpu_come_in_three_sizes_and_types():
+    labels = [(model.name, model.size[0], model.dtype) for model in models.CUDA_MODELS]
+    assert len(set(labels)) == len(labels) == 5 * 3 * 3
+    assert sum(model.quick for model in models.CUDA_MODELS) == 4
 
 
 WRONG_NMS = """
@@ -295,6 +447,7 @@ def test_gpu_runs_the_emulators_kernels_unless_one_op_is_asked_for():
     everything, one = (gpu.stages(["nms"], only) for only in ("", "nms"))
     (stage,) = [stage for stage in everything if "tests/simt" in stage.command]
     assert (stage.name, stage.op, stage.check) == ("suite-core", sources.CORE, "suite")
+    assert [stage.name for stage in everything[-3:]] == ["benchmarks", "convolutions", "models"]
     assert [stage.name for stage in one] == ["build", "suite-nms", "memcheck-nms", "racecheck-nms", "benchmarks-nms"]
 
 

@@ -226,6 +226,7 @@ def test_a_chosen_box_similarity_is_kept():
 
 @pytest.mark.parametrize(("stock", "ours"), TABLE.items())
 def test_the_table_names_classes_that_swap(stock, ours):
+    pytest.importorskip(stock.partition(".")[0])
     stock, ours = load(stock), load(ours)
     assert stock.__name__ == ours.__name__
     instance = stock.__new__(stock)

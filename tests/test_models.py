@@ -173,25 +173,29 @@ def test_converted_model_computes_the_same(make, size, fuse):
     assert list(converted.state_dict()) == list(model.state_dict())
 
 
-@pytest.fixture(scope="module")
-def learnt():
+@pytest.fixture(scope="module", params=list(digits.LESSONS))
+def learnt(request):
     pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
-    return digits.train()
+    return request.param, digits.train(model=request.param)
 
 
 def test_digits_are_learnt(learnt):
-    assert learnt.stock_accuracy >= digits.LEAST_ACCURACY
-    assert learnt.our_accuracy >= digits.LEAST_ACCURACY
+    model, outcome = learnt
+    assert outcome.stock_accuracy >= digits.LESSONS[model].least_accuracy
+    assert outcome.our_accuracy >= digits.LESSONS[model].least_accuracy
 
 
 def test_losses_agree_at_every_step(learnt):
-    assert len(learnt.stock) == len(learnt.ours) == 200
-    assert learnt.widest <= 0.01
-    assert learnt.stock[-1] < learnt.stock[0] / 2
+    _, outcome = learnt
+    assert len(outcome.stock) == len(outcome.ours) == 200
+    assert outcome.widest <= 0.01
+    assert outcome.stock[-1] < outcome.stock[0] / 2
 
 
 def test_digits_are_learnt_by_our_kernels(learnt):
-    assert {"pvk::conv2d", "pvk::linear"} <= set(learnt.kernels)
+    model, outcome = learnt
+    by_attention = {"pvk::attention", "pvk::_attention_backward"} if model == "attention" else set()
+    assert {"pvk::conv2d", "pvk::linear"} | by_attention <= set(outcome.kernels)
 
 
 def test_recipe_says_what_it_did(capsys):

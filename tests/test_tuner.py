@@ -59,6 +59,7 @@ def tuner(tmp_path, monkeypatch):
     monkeypatch.setattr(TUNER, "folder", lambda: tmp_path)
     monkeypatch.setattr(TUNER, "identity", lambda gpu: {**IDENTITY, "gpu": gpu})
     monkeypatch.setattr(TUNER, "_tables", {})
+    monkeypatch.setattr(choice, "arch_of", {GPU: 90}.__getitem__)
     yield TUNER
     CHOICE.renew()
 
@@ -201,7 +202,6 @@ class FakeTriton:
 def triton(monkeypatch):
     monkeypatch.setattr(choice, "_triton", FakeTriton)
     monkeypatch.setattr(choice, "_configs", [])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
 
 
 @pytest.mark.usefixtures("triton")
@@ -271,6 +271,22 @@ def test_a_call_is_measured_once_by_every_kernel_and_plans_follow(tuner, monkeyp
 
 
 @pytest.mark.usefixtures("triton")
+def test_under_autocast_the_choice_is_for_the_dtype_that_is_computed_in(monkeypatch):
+    seen = []
+    choose = choice.choose
+    monkeypatch.setattr(choice, "choose", lambda problem, *args, **kwargs: (seen.append(problem.dtype), TORCH)[1])
+    input, weight, bias = torch.randn(2, 8, 9, 9), torch.randn(8, 8, 3, 3), torch.randn(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = pvk.ops.conv2d(input, weight, bias, activation="relu")
+        theirs = F.conv2d(input, weight, bias).relu()
+    assert seen == [torch.bfloat16]
+    assert torch.equal(ours, theirs)
+    monkeypatch.setattr(choice, "choose", choose)
+    rows = torch.randn(4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pvk.ops.linear(rows, weight[:, :, 0, 0], bias).dtype == torch.bfloat16
+
+
 def test_gradients_are_chosen_one_by_one(tuner, monkeypatch):
     grad = types.SimpleNamespace(
         shape=torch.Size((8, 64, 56, 56)), dtype=torch.bfloat16, device=torch.device("cuda", 0), is_cuda=True

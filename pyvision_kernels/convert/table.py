@@ -7,10 +7,13 @@ import importlib
 from torch import nn
 
 _DETECTION = "torchvision.models.detection"
+_ATTENTION = "pyvision_kernels.convert.attention"
 _OURS = "pyvision_kernels.convert.detection"
 
 # Stock class -> ours, which an instance becomes by a change of its `__class__`: both have the same attributes.
 TABLE = {
+    "pyvision_kernels.models.attention.Attention": f"{_ATTENTION}.Attention",
+    "timm.layers.attention.Attention": "pyvision_kernels.convert.timm.Attention",
     "torch.nn.modules.activation.MultiheadAttention": "pyvision_kernels.nn.MultiheadAttention",
     "torch.nn.modules.batchnorm.BatchNorm1d": "pyvision_kernels.nn.BatchNorm1d",
     "torch.nn.modules.batchnorm.BatchNorm2d": "pyvision_kernels.nn.BatchNorm2d",
@@ -68,6 +71,7 @@ def replacement_of(cls: type) -> type[nn.Module] | None:
 def stock_of(cls: type) -> type[nn.Module] | None:
     """The stock class that one of ours replaces."""
     for stock, ours in TABLE.items():
-        if cls.__module__.startswith("pyvision_kernels.") and ours.rpartition(".")[2] == cls.__name__:
-            return load(stock) if load(ours) is cls else None
+        module, _, name = ours.rpartition(".")
+        if name == cls.__name__ and f"{cls.__module__}.".startswith(f"{module}.") and load(ours) is cls:
+            return load(stock)
     return None

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from pyvision_kernels.nn.attention import Attention
 from pyvision_kernels.nn.avg_pool2d import AdaptiveAvgPool2d, AvgPool1d, AvgPool2d
 from pyvision_kernels.nn.conv import Conv1d, Conv2d
 from pyvision_kernels.nn.cross_entropy_loss import CrossEntropyLoss
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdaptiveAvgPool2d",
     "AdaptiveMaxPool2d",
+    "Attention",
     "AvgPool1d",
     "AvgPool2d",
     "BatchNorm1d",

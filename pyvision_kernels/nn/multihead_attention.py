@@ -68,7 +68,7 @@ class MultiheadAttention(Layer, nn.MultiheadAttention):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         heads = self._with_more_keys(*self._projected(query, key, value))
         plainly_causal = is_causal and key_padding_mask is None and not need_weights
-        bias = None if plainly_causal else self._bias(key_padding_mask, attn_mask, heads)
+        bias = None if plainly_causal else self._bias(key_padding_mask, attn_mask, query.dtype)
         dropout = self.dropout if self.training else 0.0
         weights = _weights(*heads[:2], bias) if need_weights else None
         if weights is not None and dropout:  # torch's layer returns those that it left
@@ -133,9 +133,8 @@ class MultiheadAttention(Layer, nn.MultiheadAttention):
             key, value = (F.pad(rows, (0, 0, 0, 1)) for rows in (key, value))
         return query, key, value
 
-    def _bias(self, padding: Tensor | None, mask: Tensor | None, heads: tuple[Tensor, ...]) -> Tensor | None:
+    def _bias(self, padding: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Both masks as one bias [N or 1, H or 1, L or 1, S]: bool, True where a key is looked at, or added."""
-        query, key, _ = heads
         parts = []
         if mask is not None:
             parts.append(mask.unflatten(0, (-1, self.num_heads)) if mask.dim() == 3 else mask[None, None])
@@ -144,9 +143,9 @@ class MultiheadAttention(Layer, nn.MultiheadAttention):
         if not parts:
             return None
         as_bool = all(part.dtype == torch.bool for part in parts)
-        parts = [~part if as_bool else _added(part, query.dtype) for part in parts]
+        parts = [~part if as_bool else _added(part, dtype) for part in parts]
         bias = parts[0] if len(parts) == 1 else parts[0] & parts[1] if as_bool else parts[0] + parts[1]
-        more = key.size(2) - bias.size(3)
+        more = int(self.bias_k is not None) + int(self.add_zero_attn)
         return F.pad(bias, (0, more), value=as_bool) if more else bias
 
 

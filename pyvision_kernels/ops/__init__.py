@@ -1,6 +1,7 @@
 """Functional ops. One folder a family of functions that run the same kernels."""
 
 from pyvision_kernels.ops.attention import attention
+from pyvision_kernels.ops.attention.luong import dot_attention, general_attention
 from pyvision_kernels.ops.avg_pool2d import adaptive_avg_pool2d, avg_pool1d, avg_pool2d
 from pyvision_kernels.ops.batch_norm import batch_norm
 from pyvision_kernels.ops.box_iou import box_iou, complete_box_iou, distance_box_iou, generalized_box_iou
@@ -40,6 +41,8 @@ __all__ = [
     "conv_transpose2d",
     "distance_box_iou",
     "distance_box_iou_loss",
+    "dot_attention",
+    "general_attention",
     "generalized_box_iou",
     "generalized_box_iou_loss",
     "group_norm",

@@ -14,8 +14,8 @@ namespace PVK_ISA {
 namespace {
 
 constexpr int64_t kKeysAtOnce = 1024, kKeysOfBlock = 512;  // with running sums
-constexpr int64_t kQueriesOfBlock = 48;
-constexpr int64_t kManyHeads = 32;
+constexpr int64_t kQueriesOfBlock = 48, kQueriesOfTile = 6;
+constexpr int64_t kHeadsOfThread = 4;
 constexpr int64_t kWorkOfPiece = 1 << 20;  // products, below which threads wait for each other
 
 template <typename scalar_t, typename In>
@@ -30,9 +30,10 @@ class Forward {
   }
 
   void run() const {
-    if (heads_ >= kManyHeads || p_.L * shared_ <= kQueriesOfBlock) {
+    const int64_t threads = thread_count();
+    if (threads == 1 || heads_ >= kHeadsOfThread * threads || p_.L * shared_ <= kQueriesOfBlock) {
       const int64_t work = max_of<int64_t>(1, p_.L * p_.S * shared_ * (p_.D + p_.E));
-      parallel_for(heads_, max_of<int64_t>(1, min_of(kWorkOfPiece / work, heads_ / kManyHeads)),
+      parallel_for(heads_, max_of<int64_t>(1, min_of(kWorkOfPiece / work, heads_ / (kHeadsOfThread * threads))),
                    [&](int64_t begin, int64_t end) {
                      Buffer<In> packed(head_elements_);
                      Thread thread(*this);
@@ -68,7 +69,7 @@ class Forward {
     T largest[kQueriesOfBlock], total[kQueriesOfBlock];
 
     explicit Thread(const Forward& f) : bias(f.p_), dropout(f.p_) {
-      const int64_t rows = ceil_div(f.p_.L, f.blocks_);
+      const int64_t rows = min_of(f.p_.L, kQueriesOfBlock);
       pitch = min_of(kKeysAtOnce, ceil_div<int64_t>(f.p_.S, kLanes<T>) * kLanes<T>);
       scores.reserve(rows * pitch);
       sums.reserve(rows * f.values_.padded());
@@ -78,6 +79,11 @@ class Forward {
 
     int64_t pitch;  // of scores and weights
   };
+
+  // Blocks of whole tiles, but for the last.
+  int64_t first_query(int64_t block) const {
+    return min_of(p_.L, ceil_div(p_.L, kQueriesOfTile) * block / blocks_ * kQueriesOfTile);
+  }
 
   Rows<const scalar_t> keys_at(int64_t b, int64_t g) const {
     return {static_cast<const scalar_t*>(p_.key) + b * p_.key_stride[0] + g * p_.key_stride[1], p_.key_stride[2]};
@@ -119,7 +125,7 @@ class Forward {
 
   void run_block(Thread& thread, int64_t head, int64_t of_group, int64_t block, const In* packed) const {
     const int64_t b = head / p_.G, h = head % p_.G * shared_ + of_group;
-    const int64_t first = p_.L * block / blocks_, rows = p_.L * (block + 1) / blocks_ - first;
+    const int64_t first = first_query(block), rows = first_query(block + 1) - first;
     const Panels<T> keys(keys_of(p_, b));
     const KeyRange range = window_of(p_, keys.outputs, first, first + rows - 1);
     const Rows<const scalar_t> queries{static_cast<const scalar_t*>(p_.query) + b * p_.query_stride[0] +
@@ -141,9 +147,8 @@ class Forward {
       for (; panel < keys.count && begin + width < range.end; ++panel) {
         const int vectors = keys.vectors_of(panel);
         if (width + vectors * kLanes<T> > most) break;
-        multiply_rows(Product<In>{left.data, left.stride, rows, p_.D,
-                                  packed + panel_offset<In>(keys, panel, p_.D), vectors, thread.scores.data() + width,
-                                  thread.pitch, false});
+        multiply_rows(Product<In>{left.data, left.stride, rows, p_.D, packed + panel_offset<In>(keys, panel, p_.D),
+                                  vectors, thread.scores.data() + width, thread.pitch, false});
         width += vectors * kLanes<T>;
       }
       add_keys(thread, {b, h, first, rows, begin, width, keys.outputs, is_first}, packed);
@@ -185,18 +190,26 @@ class Forward {
     const KeyRange range = window_of(p_, k.keys, k.first + i, k.first + i);
     const int64_t end = max_of(k.begin, min_of(range.end, k.begin + k.width));
     const int64_t begin = min_of(end, max_of(range.begin, k.begin));
-    const T* const bias = thread.bias.is_given() ? thread.bias.row(k.b, k.h, k.first + i, {begin, end}) + k.begin : nullptr;
+    const T* const bias =
+        thread.bias.is_given() ? thread.bias.row(k.b, k.h, k.first + i, {begin, end}) + k.begin : nullptr;
     const ScoreRow<T> row(scores, bias, T(p_.scale), begin - k.begin, end - k.begin);
-    Vec<T> most = splat(thread.largest[i]);
-    row.each([&](int64_t c, Vec<T> x) __attribute__((always_inline)) {
-      store(scores + c, x);
-      most = larger_of<T>(most, x);
-    });
-    const T before = thread.largest[i], largest = largest_of_lanes<T>(most);
+    const T before = thread.largest[i];
+    T largest, scale = T(1);  // of what is in scores
+    if (bias == nullptr && p_.scale > 0) {
+      scale = T(p_.scale);
+      largest = max_of(before, row.largest_unscaled() * scale);
+    } else {
+      Vec<T> most = splat(before);
+      row.each([&](int64_t c, Vec<T> x) __attribute__((always_inline)) {
+        store(scores + c, x);
+        most = larger_of<T>(most, x);
+      });
+      largest = largest_of_lanes<T>(most);
+    }
     const T center = largest == -kInfinity<T> ? T(0) : largest;
     Vec<T> sum{};
     for (int64_t c = row.first; c < row.last; c += kLanes<T>) {
-      const Vec<T> weight = exp_of<T>(load(scores + c) - center);
+      const Vec<T> weight = weight_of<T>(load(scores + c) * scale - center);
       store(scores + c, weight);
       sum += weight;
     }
@@ -217,15 +230,17 @@ class Forward {
 
   void finish(const Thread& thread, int64_t b, int64_t h, int64_t first, int64_t rows) const {
     scalar_t* const output = static_cast<scalar_t*>(p_.output) + b * p_.output_stride[0] + h * p_.output_stride[1];
-    T* const lse = static_cast<T*>(p_.lse) + (b * p_.H + h) * p_.L;
-    for (int64_t i = 0; i < rows; ++i) {
-      const T total = thread.total[i];
-      const bool is_empty = thread.largest[i] == -kInfinity<T> && total == T(0);
-      store_row(output + (first + i) * p_.output_stride[2], &thread.sums[i * values_.padded()], p_.E,
-                is_empty ? T(0) : T(1) / total);
-      const T center = thread.largest[i] == -kInfinity<T> ? T(0) : thread.largest[i];
-      lse[first + i] = is_empty ? -kInfinity<T> : center + log_of<T>(splat(total))[0];
+    T* const lse = static_cast<T*>(p_.lse) + (b * p_.H + h) * p_.L + first;
+    T share[kQueriesOfBlock];
+    for (int64_t i = 0; i < rows; i += kLanes<T>) {
+      const Vec<T> largest = load(thread.largest + i), total = load(thread.total + i), nothing = splat(-kInfinity<T>);
+      const Mask<T> is_low = largest == nothing, is_empty = is_low & (total == Vec<T>{});
+      store(share + i, is_empty ? Vec<T>{} : T(1) / total);
+      const Vec<T> sum = (is_low ? Vec<T>{} : largest) + log_of<T>(total);
+      store_at_most<T, T>(lse + i, is_empty ? nothing : sum, rows - i);
     }
+    for (int64_t i = 0; i < rows; ++i)
+      store_row(output + (first + i) * p_.output_stride[2], &thread.sums[i * values_.padded()], p_.E, share[i]);
   }
 
   const AttentionParams& p_;

@@ -65,9 +65,9 @@ class Backward {
   struct Thread {
     BiasRows<scalar_t> bias;
     Dropout dropout;
-    Buffer<In> keys, values, key_rows;            // panels: a lane a key; and keys as they are
+    Buffer<In> keys, values, key_rows;                 // panels: a lane a key; and keys as they are
     Buffer<In> queries, grads, query_rows, grad_rows;  // of a block: panels; rows, where they are converted
-    Buffer<T> weights, slopes;                    // [queries][pitch]; the gradients of the scores
+    Buffer<T> weights, slopes;                         // [queries][pitch]; the gradients of the scores
     Buffer<In> weight_pairs, slope_pairs, slope_rows;
     Buffer<T> key_sums, value_sums, query_sums, kept;
     Buffer<bool> absent;
@@ -114,8 +114,8 @@ class Backward {
     thread.copy = plan_.copy_of(batch_chunk, head_chunk, part);
     for (int64_t b = border(p_.B, batch_chunk, plan_.batch_chunks);
          b < border(p_.B, batch_chunk + 1, plan_.batch_chunks); ++b)
-      for (int64_t g = border(p_.G, head_chunk, plan_.head_chunks);
-           g < border(p_.G, head_chunk + 1, plan_.head_chunks); ++g)
+      for (int64_t g = border(p_.G, head_chunk, plan_.head_chunks); g < border(p_.G, head_chunk + 1, plan_.head_chunks);
+           ++g)
         for (int64_t block = border(plan_.key_blocks, part, plan_.parts);
              block < border(plan_.key_blocks, part + 1, plan_.parts); ++block)
           run_keys(thread, b, g, part, p_.S * block / plan_.key_blocks, p_.S * (block + 1) / plan_.key_blocks);
@@ -174,19 +174,18 @@ class Backward {
     const auto [weights, slopes, slope_rows] = operands(thread, q.rows, begin, end);
     add_columns(weights, thread, begin, count, q.rows, values_, thread.grads.data(), thread.value_sums.data());
     add_columns(slopes, thread, begin, count, q.rows, features_, thread.queries.data(), thread.key_sums.data());
-    T* const sums = completes ? thread.query_sums.data()
-                              : query_sums_.data() + (((part * p_.B + k.b) * p_.H + q.h) * p_.L + q.first) *
-                                                         features_.padded();
+    T* const sums =
+        completes ? thread.query_sums.data()
+                  : query_sums_.data() + (((part * p_.B + k.b) * p_.H + q.h) * p_.L + q.first) * features_.padded();
     for (int64_t f = 0; f < features_.count; ++f) {
       const int vectors = features_.vectors_of(f);
-      multiply_rows(Product<In>{slope_rows, thread.pitch, q.rows, count,
-                                thread.key_rows.data() + panel_offset<In>(features_, f, k.count) +
-                                    begin * vectors * kLanes<T>,
-                                vectors, sums + features_.first_output(f), features_.padded(), !completes});
+      multiply_rows(
+          Product<In>{slope_rows, thread.pitch, q.rows, count,
+                      thread.key_rows.data() + panel_offset<In>(features_, f, k.count) + begin * vectors * kLanes<T>,
+                      vectors, sums + features_.first_output(f), features_.padded(), !completes});
     }
     if (!completes) return;
-    for (int64_t i = 0; i < q.rows; ++i)
-      store_row(grad_query.at(i), sums + i * features_.padded(), p_.D, T(p_.scale));
+    for (int64_t i = 0; i < q.rows; ++i) store_row(grad_query.at(i), sums + i * features_.padded(), p_.D, T(p_.scale));
   }
 
   // Products of queries with keys, and of grad_output with values, panel after panel until `last`; returns their end.
@@ -219,8 +218,8 @@ class Backward {
     const auto output = rows_of<scalar_t>(static_cast<const void*>(p_.output), p_.output_stride, b, h, i);
     Vec<T> sum{};
     for (int64_t c = 0; c < p_.E; c += kLanes<T>)
-      sum = fma(load_at_most<scalar_t, T>(grad.data + c, p_.E - c), load_at_most<scalar_t, T>(output.data + c, p_.E - c),
-                sum);
+      sum = fma(load_at_most<scalar_t, T>(grad.data + c, p_.E - c),
+                load_at_most<scalar_t, T>(output.data + c, p_.E - c), sum);
     return sum_of_lanes<T>(sum);
   }
 
@@ -263,7 +262,7 @@ class Backward {
     const Vec<T> masked = splat(T(-0.0));
     Vec<T> sum{}, slope_sum{};
     row.each([&](int64_t c, Vec<T> x) __attribute__((always_inline)) {
-      const Vec<T> weight = exp_of<T>(x - center);
+      const Vec<T> weight = weight_of<T>(x - center);
       sum += weight;
       slope_sum = fma(weight, load(slopes + c) * factor_of(c), slope_sum);
       store(weights + c, x == splat(-kInfinity<T>) ? masked : weight);

@@ -25,7 +25,7 @@ class BiasGradient {
   BiasGradient(const AttentionBackwardParams& params, const BackwardPlan& plan) : params_(params), plan_(plan) {
     if (!plan.has_bias) return;
     const AttentionParams& p = params.forward;
-    const int64_t(&size)[4] = params.bias_size;
+    const int64_t (&size)[4] = params.bias_size;
     elements_ = size[0] * size[1] * size[2] * size[3];
     is_computing_ = sizeof(scalar_t) == sizeof(T) || p.bias_kind == BiasKind::kAddedFloat;
     const bool once = elements_ == p.B * p.H * p.L * p.S;
@@ -44,7 +44,7 @@ class BiasGradient {
 
   // Adds row[0, count), the gradients of the scores of the query i with the keys from j on.
   PVK_INLINE void add(const T* row, int64_t copy, int64_t b, int64_t h, int64_t i, int64_t j, int64_t count) const {
-    const int64_t(&size)[4] = params_.bias_size;
+    const int64_t (&size)[4] = params_.bias_size;
     const auto place = [](int64_t index, int64_t size) { return size == 1 ? 0 : index; };
     const int64_t offset =
         ((place(b, size[0]) * size[1] + place(h, size[1])) * size[2] + place(i, size[2])) * size[3] + place(j, size[3]);

@@ -57,7 +57,16 @@ void pack_transposed(In* target, const Panels<opmath_t<In>>& panels, Rows<const 
       const int64_t first = panels.first_output(panel) + lane;
       for (int64_t unit = 0; unit < units; unit += kSide) {
         Vec<T> square[kSide];
+        if (skipped == nullptr && first + kSide <= panels.outputs && (unit + kSide) * kUnit <= depth) {
+          const scalar_t* const from = rows.at(first) + unit * kUnit;
 #pragma GCC unroll 16
+          for (int i = 0; i < kSide; ++i) square[i] = load_units<In>(from + i * rows.stride, kUnit * kSide);
+          transpose_square<T>(square);
+#pragma GCC unroll 16
+          for (int i = 0; i < kSide; ++i) store(to + (unit + i) * width + lane, square[i]);
+          continue;
+        }
+#pragma GCC unroll 1
         for (int i = 0; i < kSide; ++i) {
           const int64_t row = first + i;
           const bool is_zero = row >= panels.outputs || (skipped != nullptr && skipped[row]);
@@ -97,6 +106,16 @@ void pack_rows(In* target, const Panels<opmath_t<In>>& panels, Rows<const scalar
   for (int64_t panel = 0; panel < panels.count; ++panel) {
     const int vectors = panels.vectors_of(panel);
     const int64_t first = panels.first_output(panel);
+    const int whole = int(panels.outputs_of(panel) / kLanes<T>);
+    if (!kPairs<In> && skipped == nullptr) {
+      for (int64_t k = 0; k < depth; ++k, to += vectors * kLanes<T>) {
+        const scalar_t* const from = rows.at(k) + first;
+        for (int v = 0; v < whole; ++v) store(to + v * kLanes<T>, Vec<T>(load(from + v * kLanes<T>)));
+        if (whole < vectors)
+          store(to + whole * kLanes<T>, load_first(from + whole * kLanes<T>, panels.outputs_of(panel) % kLanes<T>));
+      }
+      continue;
+    }
     for (int64_t k = 0; k < depth; k += kPairs<In> ? 2 : 1)
       for (int v = 0; v < vectors; ++v, to += kLanes<T>)
         store(to, load_step<In>(rows, k, depth, first + v * kLanes<T>, panels.outputs, skipped));

@@ -82,9 +82,11 @@ PVK_BFLOAT16_DOT void narrow_pairs(BFloat16* target, const float* source, int64_
   for (int64_t i = 0; i < rows; i += 2)
     for (int64_t c = begin; c < end; c += kLanes<float>) {
       const float* const from = source + i * pitch + c;
-      const __m512i low = _mm512_cvtepu16_epi32(narrow_vector(from));
-      const __m512i high = i + 1 < rows ? _mm512_cvtepu16_epi32(narrow_vector(from + pitch)) : _mm512_setzero_si512();
-      _mm512_storeu_si512(target + i * pitch + 2 * c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      const __m512i low = _mm512_maskz_cvtepu16_epi32(__mmask16(-1), narrow_vector(from));
+      const __m512i high = i + 1 < rows ? _mm512_maskz_cvtepu16_epi32(__mmask16(-1), narrow_vector(from + pitch))
+                                        : _mm512_setzero_si512();
+      _mm512_storeu_si512(target + i * pitch + 2 * c,
+                          _mm512_or_si512(low, _mm512_maskz_slli_epi32(__mmask16(-1), high, 16)));
     }
 }
 

@@ -99,8 +99,16 @@ void find_absent(const AttentionParams& p, BiasRows<scalar_t>& bias, int64_t b, 
   }
 }
 
+// The larger; not of NaN, which the sum of exponentials keeps.
 template <typename T>
-PVK_INLINE Vec<T> larger_of(Vec<T> a, Vec<T> b) {  // not of NaN, which the sum of exponentials keeps
+PVK_INLINE Vec<T> larger_of(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_maskz_max_ps(__mmask16(-1), (__m512)b, (__m512)a);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_maskz_max_pd(__mmask8(-1), (__m512d)b, (__m512d)a);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_max_ps((__m256)b, (__m256)a);
+  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm256_max_pd((__m256d)b, (__m256d)a);
+#endif
   return a < b ? b : a;
 }
 
@@ -111,6 +119,23 @@ PVK_INLINE T largest_of_lanes(Vec<T> value) {
     value = larger_of<T>(value, lanes_apart<T, Bit>(value, std::make_integer_sequence<int, kLanes<T>>{}));
     return largest_of_lanes<T, Bit / 2>(value);
   }
+}
+
+// exp(x) for x up to about 0, as exp_of() makes it; 0 below kWeightLow, where it is 1e-37 (double: 1e-307) and less.
+template <typename T>
+inline constexpr T kWeightLow = sizeof(T) == 4 ? T(-86) : T(-706);
+
+template <typename T>
+PVK_INLINE Vec<T> weight_of(Vec<T> x) {
+  using C = MathConstants<T>;
+  const Vec<T> shifted = fma(x, splat(T(1.4426950408889634)), splat(C::kRounder));
+  const Vec<T> whole = shifted - C::kRounder;
+  Vec<T> r = fma(whole, splat(-C::kLn2High), x);
+  r = fma(whole, splat(-C::kLn2Low), r);
+  const Vec<T> power = fma(r * r, polynomial(C::kExp, r), r) + T(1);
+  const Vec<T> result = (Vec<T>)((Mask<T>)power + ((Mask<T>)shifted << C::kMantissa));
+  const Mask<T> is_small = x < splat(kWeightLow<T>);
+  return (Vec<T>)((Mask<T>)(x == x ? result : x) & ~is_small);
 }
 
 // A row's scores in the columns [begin, end); `bias` is that of column 0, or null. Columns are whole registers from
@@ -133,6 +158,21 @@ struct ScoreRow {
   PVK_INLINE void each(const Body& body) const {
     if (bias == nullptr) return each_of<false>(body);
     each_of<true>(body);
+  }
+
+  // The largest score before it is scaled, masked ones having become -infinity. Without a bias.
+  PVK_INLINE T largest_unscaled() const {
+    Vec<T> most = splat(-kInfinity<T>);
+    for (int64_t c = first; c < last; c += kLanes<T>) {
+      Vec<T> x = load(scores + c);
+      if (c < begin || c + kLanes<T> > end) {
+        x = first_lanes<T>(end - c) ? x : splat(-kInfinity<T>);
+        x = first_lanes<T>(begin - c) ? splat(-kInfinity<T>) : x;
+        store(scores + c, x);
+      }
+      most = larger_of<T>(most, x);
+    }
+    return largest_of_lanes<T>(most);
   }
 
   // Of the other registers of [0, width).

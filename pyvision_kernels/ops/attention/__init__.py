@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyvision_kernels._backend import CHOICE
 from pyvision_kernels._check import autocasts, require, require_tensors
+from pyvision_kernels._norm import HALF
 from pyvision_kernels.ops.attention import reference, triton
 from pyvision_kernels.ops.attention.operator import attention_op, by_rows, check
 
@@ -24,9 +25,21 @@ def _four(tensor: Tensor, lead: Sequence[int]) -> Tensor:
     return tensor.reshape(batches, heads, *tensor.shape[-2:])
 
 
-def torch_is_faster(query: Tensor, key: Tensor, bias: Tensor | None) -> bool:
-    """By what was measured. On CUDA ours has not been timed."""
-    return query.is_cuda
+def torch_is_faster(query: Tensor, key: Tensor, bias: Tensor | None, key_lengths: Tensor | None) -> bool:
+    """By what was measured: few queries, and calls too small to be worth one of ours. On CUDA ours has not been timed.
+
+    With lengths ours runs, and with a bias on the CPU: what is padding, or masked for all, may be NaN.
+    """
+    if key_lengths is not None:
+        return False
+    if query.is_cuda:
+        return True
+    if bias is not None or torch.compiler.is_compiling():  # compiled: no guard on sizes
+        return False
+    products = query.numel() * key.size(2)
+    if query.dtype in HALF:
+        return products < 1 << 20
+    return query.size(2) < 16 or products < 1 << 23
 
 
 def attention(
@@ -98,7 +111,7 @@ def attention(
     if scale is None:
         scale = 1 / math.sqrt(query.size(-1)) if query.size(-1) else 1.0
     mode = CHOICE.backend
-    if not return_lse and (mode == "torch" or (mode == "auto" and torch_is_faster(query, key, bias))):
+    if not return_lse and (mode == "torch" or (mode == "auto" and torch_is_faster(query, key, bias, key_lengths))):
         window = (left if left >= 0 else None, right if right >= 0 else None)
         output = reference.by_torch(
             query,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyvision_kernels._case import DTYPES, Case, Inputs, OpCases, error_case
-from pyvision_kernels.ops.attention import attention, reference
+from pyvision_kernels.ops.attention import attention, luong, reference
 
 _HALF = (torch.bfloat16, torch.float16)
 _NARROW = (torch.float32, *_HALF)
@@ -227,4 +228,125 @@ ATTENTION = OpCases(
     bytes=_bytes,
 )
 
-CASES = (ATTENTION,)
+
+def _states(
+    name: str,
+    decoder: tuple[int, int, int],
+    encoder: tuple[int, int],
+    *,
+    weight: bool = False,
+    lengths: tuple[int, ...] | None = None,
+    bench: str = "",
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+) -> Case:
+    """Decoder states [B, L, D], encoder states [B, S, E], and of general scores the weight [D, E]."""
+
+    def make(generator: torch.Generator) -> Inputs:
+        def normal(*sizes: int) -> Tensor:
+            return torch.randn(sizes, generator=generator, dtype=torch.float64)
+
+        inputs: Inputs = {"decoder": normal(*decoder), "encoder": normal(decoder[0], *encoder) / encoder[1] ** 0.5}
+        if weight:
+            inputs["weight"] = normal(decoder[2], encoder[1]) / decoder[2] ** 0.5
+        if lengths is not None:
+            inputs["key_lengths"] = torch.tensor(lengths)
+        return inputs
+
+    return Case(name, make, bench=bench, dtypes=dtypes)
+
+
+def _state_flops(inputs: Inputs, output: Any) -> float:
+    (B, L, D), (_, S, E) = inputs["decoder"].shape, inputs["encoder"].shape
+    return 4.0 * B * L * S * E + (2.0 * B * min(L, S) * D * E if "weight" in inputs else 0)
+
+
+def _state_bytes(inputs: Inputs, output: Any) -> float:
+    tensors = [inputs["decoder"], inputs["encoder"], *([inputs["weight"]] if "weight" in inputs else []), output]
+    return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+
+_STATES: Inputs = {"decoder": torch.ones(2, 3, 8), "encoder": torch.ones(2, 5, 8)}
+
+
+def _state_error(op: str, name: str, error: type[Exception], message: str, **change: Any) -> Any:
+    weight = {"weight": torch.ones(8, 8)} if op == "general_attention" else {}
+    return error_case(op, name, error, message, {**_STATES, **weight, **change})
+
+
+def _state_errors(op: str) -> tuple[Any, ...]:
+    return (
+        _state_error(op, "dimensions", RuntimeError, "expected decoder to have 3 dimensions", decoder=torch.ones(3, 8)),
+        _state_error(op, "encoder", RuntimeError, "expected encoder to have 3 dimensions", encoder=torch.ones(5, 8)),
+        _state_error(op, "batches", RuntimeError, "expected encoder to have 2 batches", encoder=torch.ones(3, 5, 8)),
+        _state_error(op, "dtype", RuntimeError, "expected encoder to be", encoder=torch.ones(2, 5, 8).double()),
+        _state_error(op, "lengths", RuntimeError, "expected key_lengths", key_lengths=torch.tensor([1, 2, 3])),
+        _state_error(op, "type", TypeError, "expected encoder to be a Tensor", encoder=1.0),
+    )
+
+
+def _dot_by_torch(decoder: Tensor, encoder: Tensor, key_lengths: Tensor | None = None) -> Tensor:
+    query, key = decoder.unsqueeze(1), encoder.unsqueeze(1)
+    return reference.by_torch(query, key, key, scale=1.0, key_lengths=key_lengths).squeeze(1)
+
+
+def _luong(name: str, function: Any, exact: Any, peer: Any, weight: bool, errors: tuple[Any, ...]) -> OpCases:
+    make = functools.partial(_states, weight=weight)
+    return OpCases(
+        name=name,
+        op=function,
+        reference=exact,
+        peer=peer,
+        peer_package="torch",
+        peer_is_native=True,
+        operators=("attention",) if weight else ("attention", "_attention_backward"),
+        differentiable=("decoder", "encoder", *(("weight",) if weight else ())),
+        layouts=("contiguous", "strided"),
+        cases=(
+            make("odd", (3, 7, 24), (11, 24)),
+            make("more_decoder_states", (2, 30, 16), (9, 16)),
+            make("lengths", (3, 4, 16), (9, 16), lengths=(9, 1, 4)),
+            make("one", (1, 1, 8), (1, 8)),
+            make("no_decoder_states", (2, 0, 8), (5, 8)),
+            make("many_features", (2, 3, 264), (5, 264)),  # more than the kernel takes
+            make("sequence", (32, 20, 256), (50, 256), bench="quick"),
+        ),
+        errors=errors,
+        tiny=make("per_call_overhead", (1, 1, 8), (1, 8)),
+        flops=_state_flops,
+        bytes=_state_bytes,
+    )
+
+
+DOT_ATTENTION = _luong(
+    "dot_attention",
+    luong.dot_attention,
+    reference.dot_attention,
+    _dot_by_torch,
+    False,
+    (
+        *_state_errors("dot_attention"),
+        _state_error(
+            "dot_attention",
+            "features",
+            RuntimeError,
+            "expected encoder to have 8 features",
+            encoder=torch.ones(2, 5, 7),
+        ),
+    ),
+)
+
+GENERAL_ATTENTION = _luong(
+    "general_attention",
+    luong.general_attention,
+    reference.general_attention,
+    lambda decoder, encoder, weight, **options: _dot_by_torch(decoder @ weight, encoder, **options),
+    True,
+    (
+        *_state_errors("general_attention"),
+        _state_error(
+            "general_attention", "weight", RuntimeError, "expected weight to have size [8, 8]", weight=torch.ones(8, 7)
+        ),
+    ),
+)
+
+CASES = (ATTENTION, DOT_ATTENTION, GENERAL_ATTENTION)

@@ -136,3 +136,19 @@ def _product(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:
     large = (factor >> 16) * word
     total = small + ((large & 0xFFFF) << 16)  # below 2^49
     return ((large >> 16) + (total >> 32)) & low, total & low
+
+
+def dot_attention(decoder: Tensor, encoder: Tensor, **options: Any) -> Any:
+    return _luong(decoder @ encoder.mT, encoder, **options)
+
+
+def general_attention(decoder: Tensor, encoder: Tensor, weight: Tensor, **options: Any) -> Any:
+    return _luong(decoder @ weight @ encoder.mT, encoder, **options)
+
+
+def _luong(scores: Tensor, encoder: Tensor, key_lengths: Tensor | None = None, return_weights: bool = False) -> Any:
+    if key_lengths is not None:
+        columns = torch.arange(encoder.size(1), device=encoder.device)
+        scores = scores.masked_fill(columns >= key_lengths.view(-1, 1, 1), -math.inf)
+    weights = scores.softmax(-1)
+    return (weights @ encoder, weights) if return_weights else weights @ encoder

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyvision_kernels._backend import CHOICE
 from pyvision_kernels._op import Emulation
 from pyvision_kernels._packed import PLAIN, is_off
-from pyvision_kernels._tuner import TUNER, Times, fastest, gpu_name
+from pyvision_kernels._tuner import TUNER, Times, arch_of, fastest, gpu_name
 from pyvision_kernels.ops.conv2d import algorithm
 from pyvision_kernels.ops.conv2d.algorithm import TORCH, Problem
 from pyvision_kernels.ops.conv2d.backward import backward_input_op, backward_weight_op
@@ -98,16 +98,15 @@ _DIRECTIONS = {
 }  # others are forward, in the words of Triton's tables
 
 
-def candidates(problem: Problem, direction: str, tf32: bool, pool: bool) -> Iterator[tuple[str, int]]:
-    """What the tuner measures, with the numbers of the kernels."""
+def candidates(problem: Problem, direction: str, tf32: bool, pool: bool, gpu: str) -> Iterator[tuple[str, int]]:
+    """What the tuner measures on a GPU, with the numbers of the kernels."""
     yield BY_TORCH, TORCH
     yield CPP, algorithm.TF32 if tf32 else algorithm.DIRECT
     if not _fits_triton(problem, pool):
         return
-    major, minor = torch.cuda.get_device_capability()
     kernel, precision = (algorithm.TRITON_TF32, "tf32") if tf32 else (algorithm.TRITON, "ieee")
     words = _DIRECTIONS.get(direction.removeprefix("linear "), "forward")
-    for config in _triton.configs(10 * major + minor, problem, words, precision):
+    for config in _triton.configs(arch_of(gpu), problem, words, precision):
         if config not in _configs:
             _configs.append(config)
         yield f"{TRITON} {config}", kernel + 8 * (_configs.index(config) + 1)
@@ -144,7 +143,7 @@ def choose(
     pool = fusion.endswith("pool")
     if times is not None:
         best = fastest(times, but=BY_TORCH if mode == "pvk" else "")
-        kernel = dict(candidates(problem, direction, tf32, pool)).get(best or "")
+        kernel = dict(candidates(problem, direction, tf32, pool, gpu)).get(best or "")
         if kernel is not None:
             _note(f"tuned: {_as_text(times, best)}")
             return kernel
@@ -182,7 +181,7 @@ def measure(
         return
     calls = {
         name: functools.partial(_searching if name == BY_TORCH else _call, by_kernel, kernel)
-        for name, kernel in candidates(problem, direction, tf32, fusion.endswith("pool"))
+        for name, kernel in candidates(problem, direction, tf32, fusion.endswith("pool"), gpu)
         if name not in but
     }
     with torch.no_grad():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyvision_kernels import _activation
 from pyvision_kernels._backend import CHOICE
-from pyvision_kernels._check import FLOATING, require
+from pyvision_kernels._check import FLOATING, autocasts, require
 from pyvision_kernels._op import declare
 from pyvision_kernels._tuner import TUNER
 from pyvision_kernels.ops.conv2d import algorithm, choice, gradient, reference
@@ -249,6 +249,11 @@ def run(
         fused: It is a layer of a fused model.
         Others: as of conv2d; input is [N, C, H, W].
     """
+    if autocasts(input):  # what is chosen, and measured, is of the dtype that is computed in
+        cast = _cast(input, weight, bias, scale, shift, residual, None)[:6]
+        with torch.autocast(input.device.type, enabled=False):
+            input, weight, bias, *rest = cast
+            return run(input, weight, bias, geometry, *rest, activation, pool, None, channels_last, fused)
     kernel = None
     compiling = torch.compiler.is_compiling()
     if not compiling:

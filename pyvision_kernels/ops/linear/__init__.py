@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyvision_kernels import _activation
 from pyvision_kernels._backend import CHOICE
-from pyvision_kernels._check import FLOATING, require, require_tensors
+from pyvision_kernels._check import FLOATING, autocasts, require, require_tensors
 from pyvision_kernels._op import declare, runs_cuda_kernels
 from pyvision_kernels._tuner import TUNER
 from pyvision_kernels.ops.conv2d import choice
@@ -162,6 +162,10 @@ def run(
     packs: Packs | None = None,
 ) -> Tensor:
     """linear for layers: of checked arguments, with a packed weight, by the kernel that the rule picks."""
+    if autocasts(input):  # what is chosen, and measured, is of the dtype that is computed in
+        input, weight, bias, residual = _cast(input, weight, bias, residual)[:4]
+        with torch.autocast(input.device.type, enabled=False):
+            return run(input, weight, bias, residual=residual, activation=activation)
     size = input.shape
     if input.dim() != 2:
         require(input.dim() > 0 and weight.dim() == 2, _OP, "input to have size [..., C], weight [K, C]", size)
