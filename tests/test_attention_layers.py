@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import types
 import warnings
 
@@ -248,6 +249,21 @@ def test_vit_of_timm(options):
     assert type(pvk.revert(ours).blocks[0].attn) is type(stock.blocks[0].attn)
 
 
+def test_another_version_of_timm_is_left_alone(monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of timm about itself
+        timm = pytest.importorskip("timm")
+        ours = importlib.import_module("pyvision_kernels.convert.timm")
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=5).eval()
+    assert not ours.REFUSED
+    monkeypatch.setattr(ours, "REFUSED", "of a version of timm with other arguments of forward")
+    stock = type(model.blocks[0].attn)
+    entries = {entry.name: entry for entry in pvk.conversion_report(pvk.convert(model))}
+    assert type(model.blocks[0].attn) is stock
+    assert (entries["blocks.0.attn"].replaced, entries["blocks.0.attn"].reason) == (False, ours.REFUSED)
+    assert entries["blocks.0.attn.qkv"].replaced
+
+
 def test_compiled_layers_run_our_kernels():
     layer = pvk.nn.MultiheadAttention(16, 2, batch_first=True)
     x = torch.randn(2, 5, 16)
@@ -293,6 +309,52 @@ def test_weights_of_luongs_attention(device):
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3))
     assert (weights[1, :, 2:] == 0).all()
     torch.testing.assert_close(weights @ encoder, context, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("features", [16, 300])  # more than the kernels take
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_contexts_and_weights_of_luongs_attention_are_as_exact_as_torchs(features, dtype):
+    decoder, encoder = torch.randn(2, 3, features, dtype=dtype), torch.randn(2, 5, features, dtype=dtype)
+    lengths = torch.tensor([5, 2])
+
+    def composed(decoder, encoder):
+        scores = (decoder @ encoder.mT).masked_fill(torch.arange(5) >= lengths[:, None, None], -torch.inf)
+        weights = scores.softmax(-1)
+        return weights @ encoder, weights
+
+    found = pvk.ops.dot_attention(decoder, encoder, key_lengths=lengths, return_weights=True)
+    assert_as_good(found, composed(decoder, encoder), composed(decoder.double(), encoder.double()))
+
+
+def test_gradients_of_luongs_weights_and_of_padding():
+    given = [torch.randn(*size, dtype=torch.float64) for size in ((3, 3, 8), (3, 5, 6), (8, 6))]
+    lengths = torch.tensor([5, 0, 2])
+    padded = given[1].masked_fill((torch.arange(5) >= lengths[:, None])[..., None], torch.nan)
+
+    def grads(function, encoder, **options):
+        leaves = [one.clone().requires_grad_() for one in (given[0], encoder, given[2])]
+        context, weights = function(*leaves, return_weights=True, **options)
+        return context, weights, *torch.autograd.grad(context.sum() + weights.square().sum(), leaves)
+
+    found = grads(pvk.ops.general_attention, padded, key_lengths=lengths)
+    assert all(one.isfinite().all() for one in found)
+    assert (found[0][1] == 0).all()
+    torch.testing.assert_close(*(grads(function, given[1]) for function in (pvk.ops.general_attention, _general)))
+
+
+def _general(decoder, encoder, weight, return_weights):
+    weights = (decoder @ weight @ encoder.mT).softmax(-1)
+    return weights @ encoder, weights
+
+
+def test_attention_layers_are_traced():
+    decoder, encoder = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    for kind in ("dot", "general", "qkv"):
+        layer = pvk.nn.Attention(16, kind, num_heads=2)
+        given = (decoder,) if kind == "qkv" else (decoder, encoder)
+        absent = {"encoder": None} if kind == "qkv" else {}
+        traced = torch.fx.symbolic_trace(layer, {"bias": None, "key_lengths": None, **absent})
+        torch.testing.assert_close(traced(*given), layer(*given))
 
 
 def _dims(dec, enc):

@@ -24,8 +24,10 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def our_kernels():
     torch.manual_seed(0)
+    with pvk.backend("pvk"):
+        yield
 
 
 def _operators(call) -> set[str]:

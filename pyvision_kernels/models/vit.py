@@ -95,13 +95,12 @@ class VisionTransformer(nn.Module):
         fan_in = self.conv_proj.weight[0].numel()
         nn.init.trunc_normal_(self.conv_proj.weight, std=fan_in**-0.5)
         nn.init.zeros_(self.conv_proj.bias)  # type: ignore[arg-type]
-        for block in self.encoder.layers:
-            for layer in block.mlp:
-                if isinstance(layer, nn.Linear):
-                    nn.init.xavier_uniform_(layer.weight)
-                    nn.init.normal_(layer.bias, std=1e-6)
-        nn.init.zeros_(self.heads.head.weight)
-        nn.init.zeros_(self.heads.head.bias)
+        for layer in self.encoder.modules():
+            if type(layer) is nn.Linear:  # not the subclass that projects the heads' output
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.normal_(layer.bias, std=1e-6)
+        for parameter in self.heads.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, input: Tensor) -> Tensor:  # [N, C, H, W] -> [N, num_classes]
         if input.shape[-2:] != (self.image_size, self.image_size):
@@ -129,7 +128,7 @@ class PatchClassifier(VisionTransformer):
     def reset_parameters(self) -> None:
         """As of `VisionTransformer`, but for a head that is not 0: nothing was learnt elsewhere."""
         super().reset_parameters()
-        nn.init.xavier_uniform_(self.heads.head.weight)
+        nn.init.xavier_uniform_(self.heads.get_parameter("head.weight"))
 
 
 def vit_b_16(num_classes: int = 1000, image_size: int = 224, dropout: float = 0.0) -> VisionTransformer:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+import torch.fx
 from torch import Tensor, nn
 
 from pyvision_kernels.nn.linear import Linear
 from pyvision_kernels.ops.attention import attention
 from pyvision_kernels.ops.attention.luong import dot_attention, general_attention
+
+# Leaves for torch.fx.
+torch.fx.wrap("attention")
+torch.fx.wrap("dot_attention")
+torch.fx.wrap("general_attention")
 
 TYPES = ("dot", "general", "qkv")
 
@@ -92,9 +97,10 @@ class Attention(nn.Module):
         return general_attention(query, encoder, self.weight, key_lengths=key_lengths)
 
     def _over_tokens(self, tokens: Tensor, bias: Tensor | None, key_lengths: Tensor | None) -> Tensor:
-        heads = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, L, D]
+        heads = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = heads.permute(2, 0, 3, 1, 4)  # [B, H, L, D] each
         dropout = self.attn_drop if self.training else 0.0
-        output = attention(*heads.unbind(0), bias, dropout_p=dropout, key_lengths=key_lengths)
+        output = attention(query, key, value, bias, dropout_p=dropout, key_lengths=key_lengths)
         return self.proj_drop(self.proj(output.transpose(1, 2).flatten(2)))
 
     def extra_repr(self) -> str:

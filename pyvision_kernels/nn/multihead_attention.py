@@ -9,20 +9,20 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyvision_kernels._norm import opmath
 from pyvision_kernels._packed import Packs
 from pyvision_kernels.nn._layer import Layer, is_for_torch, is_traced
 from pyvision_kernels.nn.linear import Linear
 from pyvision_kernels.nn.norm import LayerNorm
 from pyvision_kernels.ops.attention import attention
 from pyvision_kernels.ops.attention.operator import MAX_FEATURES
+from pyvision_kernels.ops.attention.weights import attention_weights
 from pyvision_kernels.ops.linear import linear
 from pyvision_kernels.ops.linear import run as run_linear
 
 # A leaf for torch.fx.
 torch.fx.wrap("linear")
 
-_ACTIVATIONS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"}
+_ACTIVATIONS: dict[Any, str] = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"}
 
 
 class NonDynamicallyQuantizableLinear(Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -70,7 +70,7 @@ class MultiheadAttention(Layer, nn.MultiheadAttention):
         plainly_causal = is_causal and key_padding_mask is None and not need_weights
         bias = None if plainly_causal else self._bias(key_padding_mask, attn_mask, query.dtype)
         dropout = self.dropout if self.training else 0.0
-        weights = _weights(*heads[:2], bias) if need_weights else None
+        weights = attention_weights(*heads[:2], bias, self.head_dim**-0.5) if need_weights else None
         if weights is not None and dropout:  # torch's layer returns those that it left
             weights = F.dropout(weights, dropout)
             output = weights @ heads[2]
@@ -112,7 +112,7 @@ class MultiheadAttention(Layer, nn.MultiheadAttention):
             packs = None if self.training or is_traced(query) else self._kept()
             product = _linear(query, self.in_proj_weight, self.in_proj_bias, packs).unflatten(-1, (3, -1))
             return tuple(self._heads(part) for part in product.unbind(-2))  # type: ignore[return-value]
-        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        weights: tuple[Tensor, ...] = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         if self._qkv_same_embed_dim:
             weights = self.in_proj_weight.chunk(3)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
@@ -126,7 +126,7 @@ class MultiheadAttention(Layer, nn.MultiheadAttention):
     def _with_more_keys(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """With the learned key and value, and with the zeros, that the layer adds at the end."""
         batches = query.size(0)
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             more = (bias.view(self.num_heads, 1, -1).expand(batches, -1, -1, -1) for bias in (self.bias_k, self.bias_v))
             key, value = (torch.cat(pair, 2) for pair in zip((key, value), more, strict=True))
         if self.add_zero_attn:
@@ -165,17 +165,6 @@ def _linear(
     if is_traced(input):
         return linear(input, weight, bias, activation=activation)
     return run_linear(input, weight, bias, activation=activation, packs=packs)
-
-
-def _weights(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
-    """[N, H, L, S], by PyTorch's operators; zeros of a query that looks at no key. In float32 for 16-bit types."""
-    wide = opmath(query.dtype)
-    scores = query.to(wide) @ key.to(wide).mT / math.sqrt(query.size(-1))
-    if bias is None:
-        return scores.softmax(-1).to(query.dtype)
-    scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
-    nothing = (scores == -math.inf).all(-1, keepdim=True)
-    return scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0).to(query.dtype)
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
