@@ -77,6 +77,33 @@ OPCODES: dict[str, list[tuple[Any, ...]]] = {
         ("roi_align_backward_channels_kernel<float, 4", r"LDG\.E\.128", "16-byte loads of the gradient"),
         ("roi_align_backward_channels_kernel<float, 4", r"STG\.E\.128", "16-byte stores of the gradient"),
     ],
+    **{
+        f"attention_{part}_{name}": [
+            (f"attention_{part}_kernel<{scalar}", opcode, reason)
+            for opcode, reason in (
+                (products, "products on tensor cores"),
+                (r"LDSM\.16\.M88\.4", "fragments of four matrices"),
+                (r"LDGSTS\.E\.BYPASS\.128", "copies of 16 bytes beside the products"),
+            )
+        ]
+        + (
+            [(f"attention_{part}_kernel<{scalar}", r"LDSM\.16\.MT88\.4", "the second product's, transposed")]
+            * (part != "backward_bias")
+        )
+        for name, scalar, products in (
+            ("float16", "__half", r"HMMA\.16816\.F32 "),
+            ("bfloat16", "__nv_bfloat16", r"HMMA\.16816\.F32\.BF16"),
+        )
+        for part in ("forward", "backward_query", "backward_key", "backward_bias")
+    },
+    **{
+        f"attention_{part}_float32": [
+            (f"attention_{part}_kernel<float", r"FFMA", "fused multiply-adds"),
+            (f"attention_{part}_kernel<float", r"LDS\.128", "operands by vectors"),
+            (f"attention_{part}_kernel<float", r"LDGSTS\.E\.BYPASS\.128", "copies of 16 bytes beside the products"),
+        ]
+        for part in ("forward", "backward_query", "backward_key", "backward_bias")
+    },
     "avg_pool2d": [
         ("avg_pool2d_forward_kernel<float, 4", r"LDG\.E\.128", "16-byte loads of the map"),
         ("avg_pool2d_backward_kernel<__nv_bfloat16, 8", r"STG\.E\.128", "16-byte stores of the gradient"),
@@ -198,6 +225,11 @@ FORBIDDEN: dict[str, list[tuple[Any, ...]]] = {
     "group_norm": [("group_norm_", r"\b(ATOMG?|RED)\.", "parts of a group are merged in order")],
     "layer_norm": [("layer_norm_", r"\b(ATOMG?|RED)\.", "sums over rows are made in parts, which are added in order")],
     "box_iou": [("box_iou_", r"\b(ATOMG?|RED)\.", "sums are in one order: no atomics")],
+    **{
+        f"attention_{part}_{name}": [("attention_", r"\b(ATOMG?|RED)\.", "sums are in one order: no atomics")]
+        for part in ("backward_query", "backward_key", "backward_bias")
+        for name in ("float16", "bfloat16", "float32", "float64")
+    },
     "generalized_box_iou_loss": [("box_iou_loss_", r"\b(ATOMG?|RED)\.", "sums are in one order: no atomics")],
     "roi_align": [("roi_align_", r"\b(ATOMG?|RED)\.", "the gradient is gathered: no atomics, deterministic")],
     "roi_pool": [("roi_pool_", r"\b(ATOM[GS]?|RED)\.", "a lane owns the pixels it adds to: no atomics, deterministic")],

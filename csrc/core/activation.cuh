@@ -12,6 +12,16 @@ PVK_DEVICE float exp_of(float x) {
 PVK_DEVICE double exp_of(double x) {
   return exp(x);
 }
+// One instruction; 0 below 2^-126.
+PVK_DEVICE float exp2_approx(float x) {
+#if defined(PVK_SIMT)
+  return exp2f(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
 PVK_DEVICE float erf_of(float x) {
   return erff(x);
 }

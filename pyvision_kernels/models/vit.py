@@ -95,10 +95,11 @@ class VisionTransformer(nn.Module):
         fan_in = self.conv_proj.weight[0].numel()
         nn.init.trunc_normal_(self.conv_proj.weight, std=fan_in**-0.5)
         nn.init.zeros_(self.conv_proj.bias)  # type: ignore[arg-type]
-        for layer in self.encoder.modules():
-            if type(layer) is nn.Linear:  # not the subclass that projects the heads' output
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.normal_(layer.bias, std=1e-6)
+        for block in self.encoder.modules():
+            for layer in block.mlp if isinstance(block, EncoderBlock) else ():
+                if isinstance(layer, nn.Linear):
+                    nn.init.xavier_uniform_(layer.weight)
+                    nn.init.normal_(layer.bias, std=1e-6)
         for parameter in self.heads.parameters():
             nn.init.zeros_(parameter)
 
@@ -128,7 +129,7 @@ class PatchClassifier(VisionTransformer):
     def reset_parameters(self) -> None:
         """As of `VisionTransformer`, but for a head that is not 0: nothing was learnt elsewhere."""
         super().reset_parameters()
-        nn.init.xavier_uniform_(self.heads.get_parameter("head.weight"))
+        nn.init.xavier_uniform_(next(self.heads.parameters()))
 
 
 def vit_b_16(num_classes: int = 1000, image_size: int = 224, dropout: float = 0.0) -> VisionTransformer:

@@ -97,8 +97,8 @@ class Attention(nn.Module):
         return general_attention(query, encoder, self.weight, key_lengths=key_lengths)
 
     def _over_tokens(self, tokens: Tensor, bias: Tensor | None, key_lengths: Tensor | None) -> Tensor:
-        heads = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = heads.permute(2, 0, 3, 1, 4)  # [B, H, L, D] each
+        heads = self.qkv(tokens).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, L, D]
+        query, key, value = heads.unbind(0)
         dropout = self.attn_drop if self.training else 0.0
         output = attention(query, key, value, bias, dropout_p=dropout, key_lengths=key_lengths)
         return self.proj_drop(self.proj(output.transpose(1, 2).flatten(2)))

@@ -112,9 +112,10 @@ class MultiheadAttention(Layer, nn.MultiheadAttention):
             packs = None if self.training or is_traced(query) else self._kept()
             product = _linear(query, self.in_proj_weight, self.in_proj_bias, packs).unflatten(-1, (3, -1))
             return tuple(self._heads(part) for part in product.unbind(-2))  # type: ignore[return-value]
-        weights: tuple[Tensor, ...] = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         if self._qkv_same_embed_dim:
             weights = self.in_proj_weight.chunk(3)
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         rows = zip((query, key, value), weights, biases, strict=True)
         return tuple(self._heads(_linear(*given)) for given in rows)  # type: ignore[return-value]

@@ -193,7 +193,8 @@ def test_gradient_of_a_broadcast_bias(size, device):
     rows, bias = _rows(3, 2, 11, 8, keys=14), torch.randn(size)
     ours = _gradients(attention, (*rows, bias))[4]
     exact = _gradients(F.scaled_dot_product_attention, [one.double() for one in (*rows, bias)])[4]
-    assert_as_good(ours, _gradients(F.scaled_dot_product_attention, (*rows, bias))[4], exact, size)
+    largest = float(size[3] == 1)  # the same for all keys: its gradients, of about 1, add up to 0
+    assert_as_good(ours, _gradients(F.scaled_dot_product_attention, (*rows, bias))[4], exact, size, largest)
 
 
 @pytest.mark.parametrize("size", [(3, 2, 11, 1), (1, 1, 11, 1), (1, 1, 1, 1)])
@@ -213,7 +214,7 @@ def test_one_key_has_a_weight_of_one(device):
     torch.testing.assert_close(by_value, torch.full_like(value, 9.0))
 
 
-def test_the_number_of_threads_does_not_matter(device):
+def test_the_number_of_threads_does_not_matter():
     rows, bias = _rows(4, 3, 70, 16), torch.randn(1, 3, 70, 70)
     threads, runs = torch.get_num_threads(), []
     try:
@@ -226,6 +227,7 @@ def test_the_number_of_threads_does_not_matter(device):
         assert all(map(torch.equal, runs[0], run))
 
 
+@pytest.mark.slow_emulated("each element of each input by itself")
 @pytest.mark.parametrize(
     "options", [{}, {"window": (2, 1)}, {"key_lengths": torch.tensor([4, 0])}, {"is_causal": True}]
 )
@@ -240,6 +242,7 @@ def test_gradcheck(options, device):
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
+@pytest.mark.slow_emulated("each element of each input by itself")
 def test_gradcheck_of_shared_keys_and_sums(device):
     rows = _rows(2, 4, 3, 2, heads=2, keys=4, dtype=torch.float64, grad=True)
 

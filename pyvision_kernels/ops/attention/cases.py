@@ -122,8 +122,8 @@ _PLAIN = (
     _case("most_features", (1, 1, 18, 256), 35),
     _case("one_query", (3, 2, 1, 40), 70),
     _case("two_keys", (1, 2, 33, 8), 2),
-    _case("many_small", (40, 4, 7, 8)),
-    _case("several_tiles", (1, 2, 150, 32), 210, dtypes=_NARROW),  # in float64 the reference errs more than the kernels
+    _case("many_small", (17, 2, 7, 8)),
+    _case("several_tiles", (1, 1, 150, 32), 210, dtypes=_NARROW),  # in float64 the reference errs more than the kernels
     _case("shared_keys", (2, 6, 17, 16), 23, heads=2, enable_gqa=True),
     _case("scale", (1, 2, 9, 8), scale=-0.7),
 )
@@ -131,7 +131,7 @@ _MASKED = (
     _case("causal", (1, 2, 70, 16), is_causal=True),
     _case("causal_longer_keys", (1, 2, 9, 16), 30, is_causal=True),
     _case("causal_shorter_keys", (1, 2, 30, 16), 9, is_causal=True, bias=(1, 2, 30, 9)),
-    _case("window", (2, 2, 140, 8), 150, window=(5, 20)),
+    _case("window", (1, 2, 140, 8), 150, window=(5, 20)),
     _case("window_before", (1, 2, 40, 8), window=(3, None)),
     _case("window_past_the_keys", (1, 2, 40, 8), 10, window=(4, 2)),  # rows without a key
     _case("mask", (2, 3, 30, 16), 40, bias=(2, 1, 30, 40), change=_masks),
@@ -142,7 +142,7 @@ _MASKED = (
 )
 _BIASED = (
     _case("bias", (2, 3, 31, 16), 45, bias=(2, 3, 31, 45)),
-    _case("bias_of_heads", (5, 3, 49, 16), bias=(1, 3, 49, 49)),
+    _case("bias_of_heads", (3, 2, 49, 16), bias=(1, 2, 49, 49)),
     _case("bias_of_keys", (2, 3, 31, 16), 45, bias=(2, 1, 1, 45)),
     _case("bias_of_two_dimensions", (2, 3, 11, 16), 15, bias=(11, 15)),
     _case("bias_shared_keys", (2, 4, 17, 16), 23, heads=2, enable_gqa=True, bias=(1, 4, 17, 23)),

@@ -252,8 +252,9 @@ def run(
     if autocasts(input):  # what is chosen, and measured, is of the dtype that is computed in
         cast = _cast(input, weight, bias, scale, shift, residual, None)[:6]
         with torch.autocast(input.device.type, enabled=False):
-            input, weight, bias, *rest = cast
-            return run(input, weight, bias, geometry, *rest, activation, pool, None, channels_last, fused)
+            input, weight, bias, scale, shift, residual = cast
+            options = activation, pool, None, channels_last, fused
+            return run(input, weight, bias, geometry, scale, shift, residual, *options)
     kernel = None
     compiling = torch.compiler.is_compiling()
     if not compiling:
