@@ -1,4 +1,5 @@
-"""Attention in layers, models and `convert`, against torch.nn, torchvision and timm."""
+"""Attention in layers, models and `convert`, against torch.nn, torchvision and timm; more of torch.nn's layers is in
+test_multihead_attention.py."""
 
 from __future__ import annotations
 
@@ -15,10 +16,6 @@ from torch.nn import functional as F
 import pyvision_kernels as pvk
 from pyvision_kernels.recipes.digits import kernels_of
 from tests.errors import assert_as_good
-
-with warnings.catch_warnings():  # of packages that it would like to have
-    warnings.simplefilter("ignore")
-    from torch.testing._internal.common_modules import module_db
 
 BY_ATTENTION = {"pvk::attention", "pvk::linear"}
 
@@ -72,35 +69,6 @@ def test_multihead_attention_is_torchs(options, masks, device):
         torch.testing.assert_close(*results, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_samples_of_module_db(training):
-    entry = next(entry for entry in module_db if entry.module_cls is nn.MultiheadAttention)
-    samples = list(entry.module_inputs_func(entry, "cpu", torch.float32, requires_grad=False, training=training))
-    assert len(samples) > 10
-    for sample in samples:
-        made, given = sample.constructor_input, sample.forward_input
-        if made.kwargs.get("dropout", 0) and training:
-            continue
-        stock = nn.MultiheadAttention(*made.args, **made.kwargs).train(training)
-        ours = pvk.convert(copy.deepcopy(stock))
-        assert type(ours) is pvk.nn.MultiheadAttention
-        torch.testing.assert_close(ours(*given.args, **given.kwargs), stock(*given.args, **given.kwargs))
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_samples_of_module_db_of_encoder_layers(training):
-    entry = next(entry for entry in module_db if entry.module_cls is nn.TransformerEncoderLayer)
-    samples = list(entry.module_inputs_func(entry, "cpu", torch.float32, requires_grad=False, training=training))
-    assert len(samples) > 5
-    for sample in samples:
-        made, given = sample.constructor_input, sample.forward_input
-        stock = nn.TransformerEncoderLayer(*made.args, **made.kwargs).train(training)
-        stock.self_attn.dropout = stock.dropout.p = stock.dropout1.p = stock.dropout2.p = 0.0
-        ours = pvk.convert(copy.deepcopy(stock))
-        theirs = stock(*given.args, **given.kwargs)
-        torch.testing.assert_close(ours(*given.args, **given.kwargs), theirs, rtol=1e-4, atol=1e-5)
-
-
 def test_half_precision_is_as_exact_as_torchs(device):
     stock = nn.MultiheadAttention(64, 4, batch_first=True).bfloat16()
     ours = pvk.convert(copy.deepcopy(stock))
@@ -124,55 +92,6 @@ def test_heads_are_not_copied_and_our_kernels_run():
     assert not [event.key for event in profile.key_averages() if event.key in ("aten::copy_", "aten::contiguous")]
 
 
-def test_dropout_acts_in_training_alone():
-    layer = pvk.nn.MultiheadAttention(16, 2, dropout=0.5, batch_first=True)
-    x = torch.randn(2, 9, 16)
-    for needs in (False, True):
-        one, other = (layer.train()(x, x, x, need_weights=needs)[0] for _ in range(2))
-        assert not torch.equal(one, other)
-        one, other = (layer.eval()(x, x, x, need_weights=needs)[0] for _ in range(2))
-        assert torch.equal(one, other)
-
-
-def test_a_query_without_a_key_gets_zeros():
-    layer = pvk.nn.MultiheadAttention(16, 2, bias=False, batch_first=True)
-    x, padding = torch.randn(2, 5, 16), torch.zeros(2, 5, dtype=torch.bool)
-    padding[1] = True
-    output, weights = layer(x, x, x, key_padding_mask=padding)
-    assert (output[1] == 0).all()
-    assert (weights[1] == 0).all()
-    assert output[0].isfinite().all()
-
-
-def test_a_causal_hint_wants_a_mask():
-    layer = pvk.nn.MultiheadAttention(16, 2, batch_first=True)
-    x = torch.randn(2, 5, 16)
-    with pytest.raises(RuntimeError, match="Need attn_mask if specifying the is_causal hint"):
-        layer(x, x, x, is_causal=True)
-    mask = nn.Transformer.generate_square_subsequent_mask(5)
-    by_hint, by_mask = (layer(x, x, x, attn_mask=mask, is_causal=hint, need_weights=False)[0] for hint in (True, False))
-    torch.testing.assert_close(by_hint, by_mask)
-
-
-@pytest.mark.parametrize(
-    ("change", "error"),
-    [
-        ({"query": torch.ones(2, 5, 8)}, AssertionError),
-        ({"value": torch.ones(2, 4, 16)}, AssertionError),
-        ({"query": torch.ones(16)}, AssertionError),
-        ({"key_padding_mask": torch.ones(2, 4, dtype=torch.bool)}, (AssertionError, RuntimeError)),
-        ({"attn_mask": torch.ones(3, 5)}, (AssertionError, RuntimeError)),
-        ({"attn_mask": torch.ones(5, 5, dtype=torch.int32)}, AssertionError),
-    ],
-)
-def test_what_torch_refuses_is_refused(change, error):
-    x = torch.ones(2, 5, 16)
-    given = {"query": x, "key": x, "value": x, **change}
-    for layer in (nn.MultiheadAttention(16, 2, batch_first=True), pvk.nn.MultiheadAttention(16, 2, batch_first=True)):
-        with pytest.raises(error):
-            layer(**given)
-
-
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_transformer_encoder_is_torchs(norm_first, activation):
@@ -193,18 +112,6 @@ def test_transformer_encoder_is_torchs(norm_first, activation):
     assert set(names) >= BY_ATTENTION | {"pvk::layer_norm"}
     assert list(ours.state_dict()) == list(stock.state_dict())
     assert type(pvk.revert(ours).layers[0]) is nn.TransformerEncoderLayer
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_nested_tensors_of_padded_batches_give_torchs_result():
-    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    stock = nn.TransformerEncoder(layer, 2).eval()
-    ours = pvk.convert(copy.deepcopy(stock))
-    x, padding = torch.randn(2, 7, 16), torch.zeros(2, 7, dtype=torch.bool)
-    padding[1, 4:] = True
-    with torch.no_grad():
-        found, theirs = (model(x, src_key_padding_mask=padding) for model in (ours, stock))
-    torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_vit_has_torchvisions_keys_and_results():
@@ -262,14 +169,6 @@ def test_another_version_of_timm_is_left_alone(monkeypatch):
     assert type(model.blocks[0].attn) is stock
     assert (entries["blocks.0.attn"].replaced, entries["blocks.0.attn"].reason) == (False, ours.REFUSED)
     assert entries["blocks.0.attn.qkv"].replaced
-
-
-def test_compiled_layers_run_our_kernels():
-    layer = pvk.nn.MultiheadAttention(16, 2, batch_first=True)
-    x = torch.randn(2, 5, 16)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, x, x, need_weights=False), layer(x, x, x, need_weights=False))
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("kind", ["dot", "general", "qkv"])
