@@ -23,13 +23,6 @@ N, L, S, E, H = 2, 5, 6, 12, 3
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 
 
-@pytest.fixture(autouse=True)
-def our_kernels():
-    torch.manual_seed(0)
-    with pvk.backend("pvk"):
-        yield
-
-
 def _operators(call) -> set[str]:
     with torch.profiler.profile(acc_events=True) as profile:
         call()

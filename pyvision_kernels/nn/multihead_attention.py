@@ -64,7 +64,8 @@ class MultiheadAttention(Layer, nn.MultiheadAttention):
         batched = query.dim() == 3
         if not batched:
             dim = 0 if self.batch_first else 1
-            query, key, value = (rows.unsqueeze(dim) for rows in (query, key, value))
+            lifted = {id(rows): rows.unsqueeze(dim) for rows in (query, key, value)}  # one tensor stays one
+            query, key, value = (lifted[id(rows)] for rows in (query, key, value))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         heads = self._with_more_keys(*self._projected(query, key, value))
         plainly_causal = is_causal and key_padding_mask is None and not need_weights
