@@ -65,7 +65,7 @@ class Packs:
             if packed is not None:
                 return packed
         else:
-            if type(weight) not in PLAIN or (weight.is_inference() and not self._pinned):
+            if type(weight) not in PLAIN or weight.is_meta or (weight.is_inference() and not self._pinned):
                 return None
             kept = self._kept = _Kept(weight)
         packed = _outside_of_autograd(make)

@@ -1,8 +1,10 @@
-"""Attention in layers, models and `convert`, against torch.nn, torchvision and timm."""
+"""Attention in layers, models and `convert`, against torch.nn, torchvision and timm; more of torch.nn's layers is in
+test_multihead_attention.py."""
 
 from __future__ import annotations
 
 import copy
+import importlib
 import types
 import warnings
 
@@ -14,10 +16,6 @@ from torch.nn import functional as F
 import pyvision_kernels as pvk
 from pyvision_kernels.recipes.digits import kernels_of
 from tests.errors import assert_as_good
-
-with warnings.catch_warnings():  # of packages that it would like to have
-    warnings.simplefilter("ignore")
-    from torch.testing._internal.common_modules import module_db
 
 BY_ATTENTION = {"pvk::attention", "pvk::linear"}
 
@@ -71,35 +69,6 @@ def test_multihead_attention_is_torchs(options, masks, device):
         torch.testing.assert_close(*results, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_samples_of_module_db(training):
-    entry = next(entry for entry in module_db if entry.module_cls is nn.MultiheadAttention)
-    samples = list(entry.module_inputs_func(entry, "cpu", torch.float32, requires_grad=False, training=training))
-    assert len(samples) > 10
-    for sample in samples:
-        made, given = sample.constructor_input, sample.forward_input
-        if made.kwargs.get("dropout", 0) and training:
-            continue
-        stock = nn.MultiheadAttention(*made.args, **made.kwargs).train(training)
-        ours = pvk.convert(copy.deepcopy(stock))
-        assert type(ours) is pvk.nn.MultiheadAttention
-        torch.testing.assert_close(ours(*given.args, **given.kwargs), stock(*given.args, **given.kwargs))
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_samples_of_module_db_of_encoder_layers(training):
-    entry = next(entry for entry in module_db if entry.module_cls is nn.TransformerEncoderLayer)
-    samples = list(entry.module_inputs_func(entry, "cpu", torch.float32, requires_grad=False, training=training))
-    assert len(samples) > 5
-    for sample in samples:
-        made, given = sample.constructor_input, sample.forward_input
-        stock = nn.TransformerEncoderLayer(*made.args, **made.kwargs).train(training)
-        stock.self_attn.dropout = stock.dropout.p = stock.dropout1.p = stock.dropout2.p = 0.0
-        ours = pvk.convert(copy.deepcopy(stock))
-        theirs = stock(*given.args, **given.kwargs)
-        torch.testing.assert_close(ours(*given.args, **given.kwargs), theirs, rtol=1e-4, atol=1e-5)
-
-
 def test_half_precision_is_as_exact_as_torchs(device):
     stock = nn.MultiheadAttention(64, 4, batch_first=True).bfloat16()
     ours = pvk.convert(copy.deepcopy(stock))
@@ -123,55 +92,6 @@ def test_heads_are_not_copied_and_our_kernels_run():
     assert not [event.key for event in profile.key_averages() if event.key in ("aten::copy_", "aten::contiguous")]
 
 
-def test_dropout_acts_in_training_alone():
-    layer = pvk.nn.MultiheadAttention(16, 2, dropout=0.5, batch_first=True)
-    x = torch.randn(2, 9, 16)
-    for needs in (False, True):
-        one, other = (layer.train()(x, x, x, need_weights=needs)[0] for _ in range(2))
-        assert not torch.equal(one, other)
-        one, other = (layer.eval()(x, x, x, need_weights=needs)[0] for _ in range(2))
-        assert torch.equal(one, other)
-
-
-def test_a_query_without_a_key_gets_zeros():
-    layer = pvk.nn.MultiheadAttention(16, 2, bias=False, batch_first=True)
-    x, padding = torch.randn(2, 5, 16), torch.zeros(2, 5, dtype=torch.bool)
-    padding[1] = True
-    output, weights = layer(x, x, x, key_padding_mask=padding)
-    assert (output[1] == 0).all()
-    assert (weights[1] == 0).all()
-    assert output[0].isfinite().all()
-
-
-def test_a_causal_hint_wants_a_mask():
-    layer = pvk.nn.MultiheadAttention(16, 2, batch_first=True)
-    x = torch.randn(2, 5, 16)
-    with pytest.raises(RuntimeError, match="Need attn_mask if specifying the is_causal hint"):
-        layer(x, x, x, is_causal=True)
-    mask = nn.Transformer.generate_square_subsequent_mask(5)
-    by_hint, by_mask = (layer(x, x, x, attn_mask=mask, is_causal=hint, need_weights=False)[0] for hint in (True, False))
-    torch.testing.assert_close(by_hint, by_mask)
-
-
-@pytest.mark.parametrize(
-    ("change", "error"),
-    [
-        ({"query": torch.ones(2, 5, 8)}, AssertionError),
-        ({"value": torch.ones(2, 4, 16)}, AssertionError),
-        ({"query": torch.ones(16)}, AssertionError),
-        ({"key_padding_mask": torch.ones(2, 4, dtype=torch.bool)}, (AssertionError, RuntimeError)),
-        ({"attn_mask": torch.ones(3, 5)}, (AssertionError, RuntimeError)),
-        ({"attn_mask": torch.ones(5, 5, dtype=torch.int32)}, AssertionError),
-    ],
-)
-def test_what_torch_refuses_is_refused(change, error):
-    x = torch.ones(2, 5, 16)
-    given = {"query": x, "key": x, "value": x, **change}
-    for layer in (nn.MultiheadAttention(16, 2, batch_first=True), pvk.nn.MultiheadAttention(16, 2, batch_first=True)):
-        with pytest.raises(error):
-            layer(**given)
-
-
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_transformer_encoder_is_torchs(norm_first, activation):
@@ -192,18 +112,6 @@ def test_transformer_encoder_is_torchs(norm_first, activation):
     assert set(names) >= BY_ATTENTION | {"pvk::layer_norm"}
     assert list(ours.state_dict()) == list(stock.state_dict())
     assert type(pvk.revert(ours).layers[0]) is nn.TransformerEncoderLayer
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_nested_tensors_of_padded_batches_give_torchs_result():
-    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    stock = nn.TransformerEncoder(layer, 2).eval()
-    ours = pvk.convert(copy.deepcopy(stock))
-    x, padding = torch.randn(2, 7, 16), torch.zeros(2, 7, dtype=torch.bool)
-    padding[1, 4:] = True
-    with torch.no_grad():
-        found, theirs = (model(x, src_key_padding_mask=padding) for model in (ours, stock))
-    torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_vit_has_torchvisions_keys_and_results():
@@ -248,12 +156,19 @@ def test_vit_of_timm(options):
     assert type(pvk.revert(ours).blocks[0].attn) is type(stock.blocks[0].attn)
 
 
-def test_compiled_layers_run_our_kernels():
-    layer = pvk.nn.MultiheadAttention(16, 2, batch_first=True)
-    x = torch.randn(2, 5, 16)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, x, x, need_weights=False), layer(x, x, x, need_weights=False))
-    torch._dynamo.reset()
+def test_another_version_of_timm_is_left_alone(monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of timm about itself
+        timm = pytest.importorskip("timm")
+        ours = importlib.import_module("pyvision_kernels.convert.timm")
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=5).eval()
+    assert not ours.REFUSED
+    monkeypatch.setattr(ours, "REFUSED", "of a version of timm with other arguments of forward")
+    stock = type(model.blocks[0].attn)
+    entries = {entry.name: entry for entry in pvk.conversion_report(pvk.convert(model))}
+    assert type(model.blocks[0].attn) is stock
+    assert (entries["blocks.0.attn"].replaced, entries["blocks.0.attn"].reason) == (False, ours.REFUSED)
+    assert entries["blocks.0.attn.qkv"].replaced
 
 
 @pytest.mark.parametrize("kind", ["dot", "general", "qkv"])
@@ -293,6 +208,52 @@ def test_weights_of_luongs_attention(device):
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3))
     assert (weights[1, :, 2:] == 0).all()
     torch.testing.assert_close(weights @ encoder, context, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("features", [16, 300])  # more than the kernels take
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_contexts_and_weights_of_luongs_attention_are_as_exact_as_torchs(features, dtype):
+    decoder, encoder = torch.randn(2, 3, features, dtype=dtype), torch.randn(2, 5, features, dtype=dtype)
+    lengths = torch.tensor([5, 2])
+
+    def composed(decoder, encoder):
+        scores = (decoder @ encoder.mT).masked_fill(torch.arange(5) >= lengths[:, None, None], -torch.inf)
+        weights = scores.softmax(-1)
+        return weights @ encoder, weights
+
+    found = pvk.ops.dot_attention(decoder, encoder, key_lengths=lengths, return_weights=True)
+    assert_as_good(found, composed(decoder, encoder), composed(decoder.double(), encoder.double()))
+
+
+def test_gradients_of_luongs_weights_and_of_padding():
+    given = [torch.randn(*size, dtype=torch.float64) for size in ((3, 3, 8), (3, 5, 6), (8, 6))]
+    lengths = torch.tensor([5, 0, 2])
+    padded = given[1].masked_fill((torch.arange(5) >= lengths[:, None])[..., None], torch.nan)
+
+    def grads(function, encoder, **options):
+        leaves = [one.clone().requires_grad_() for one in (given[0], encoder, given[2])]
+        context, weights = function(*leaves, return_weights=True, **options)
+        return context, weights, *torch.autograd.grad(context.sum() + weights.square().sum(), leaves)
+
+    found = grads(pvk.ops.general_attention, padded, key_lengths=lengths)
+    assert all(one.isfinite().all() for one in found)
+    assert (found[0][1] == 0).all()
+    torch.testing.assert_close(*(grads(function, given[1]) for function in (pvk.ops.general_attention, _general)))
+
+
+def _general(decoder, encoder, weight, return_weights):
+    weights = (decoder @ weight @ encoder.mT).softmax(-1)
+    return weights @ encoder, weights
+
+
+def test_attention_layers_are_traced():
+    decoder, encoder = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    for kind in ("dot", "general", "qkv"):
+        layer = pvk.nn.Attention(16, kind, num_heads=2)
+        given = (decoder,) if kind == "qkv" else (decoder, encoder)
+        absent = {"encoder": None} if kind == "qkv" else {}
+        traced = torch.fx.symbolic_trace(layer, {"bias": None, "key_lengths": None, **absent})
+        torch.testing.assert_close(traced(*given), layer(*given))
 
 
 def _dims(dec, enc):

@@ -258,6 +258,14 @@ def _saved(layer):
     return buffer.getvalue()
 
 
+@every_layer_and_norm
+def test_meta_tensors_give_meta_tensors(name):
+    _, ours, input = _pair(name)
+    expected, found = ours(input), ours.to("meta")(input.to("meta"))
+    assert found.is_meta
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+
+
 def test_changed_arguments_of_a_convolution_count():
     stock, ours, input = _pair("conv2d")
     ours(input)

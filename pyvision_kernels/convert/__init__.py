@@ -15,7 +15,7 @@ from torch import nn
 from pyvision_kernels.convert.fuse import fuse as fuse_model
 from pyvision_kernels.convert.fuse import is_fused, own_class, plan_in_eval_mode, unfuse
 from pyvision_kernels.convert.graphs import graph, ungraph, without_graph
-from pyvision_kernels.convert.table import TABLE, qualified_name, replacement_of, stock_of
+from pyvision_kernels.convert.table import TABLE, qualified_name, refusal_of, replacement_of, stock_of
 from pyvision_kernels.convert.trace import EXCLUDED
 
 __all__ = ["LayerReport", "conversion_report", "convert", "revert"]
@@ -83,7 +83,7 @@ def convert(
             module.__dict__[EXCLUDED] = True
         elif include is not None and not chosen.matches(name, module):
             reason = "not included"
-        else:
+        elif not (reason := refusal_of(type(module))):
             _change_class(module, replacement_of)
             continue
         _change_class(module, stock_of)  # an earlier call may have replaced it

@@ -62,6 +62,12 @@ def load(name: str) -> type[nn.Module]:
     return getattr(importlib.import_module(module), attribute)
 
 
+def refusal_of(cls: type) -> str:
+    """Why a stock class is left, though there is one of ours; empty: it is not."""
+    name = TABLE.get(qualified_name(cls), "")
+    return getattr(importlib.import_module(name.rpartition(".")[0]), "REFUSED", "") if name else ""
+
+
 def replacement_of(cls: type) -> type[nn.Module] | None:
     """Ours for a stock class; a subclass of one has none, since it may override what would be replaced."""
     name = TABLE.get(qualified_name(cls))

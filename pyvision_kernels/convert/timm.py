@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
+
+import torch.fx
 from timm.layers.attention import Attention as StockAttention
 from torch import Tensor
 
 from pyvision_kernels.nn._layer import is_for_torch
 from pyvision_kernels.ops.attention import attention
+
+# A leaf for torch.fx.
+torch.fx.wrap("attention")
+
+_KNOWN = {
+    "forward": "self x attn_mask is_causal",
+    "__init__": (
+        "self dim num_heads attn_head_dim dim_out qkv_bias qk_norm scale_norm proj_bias gated attn_drop proj_drop "
+        "norm_layer device dtype"
+    ),
+}
+_CHANGED = [
+    name
+    for name, arguments in _KNOWN.items()
+    if " ".join(inspect.signature(getattr(StockAttention, name)).parameters) != arguments
+]
+# Why `convert` leaves the class alone; empty: it does not.
+REFUSED = f"of a version of timm with other arguments of {_CHANGED[0]}" if _CHANGED else ""
 
 
 class Attention(StockAttention):

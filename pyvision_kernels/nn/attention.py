@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+import torch.fx
 from torch import Tensor, nn
 
 from pyvision_kernels.nn.linear import Linear
 from pyvision_kernels.ops.attention import attention
 from pyvision_kernels.ops.attention.luong import dot_attention, general_attention
+
+# Leaves for torch.fx.
+torch.fx.wrap("attention")
+torch.fx.wrap("dot_attention")
+torch.fx.wrap("general_attention")
 
 TYPES = ("dot", "general", "qkv")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,8 +14,13 @@ from pyvision_kernels.nn._layer import Layer, is_for_torch, is_traced
 from pyvision_kernels.nn.linear import Linear
 from pyvision_kernels.nn.norm import LayerNorm
 from pyvision_kernels.ops.attention import attention
+from pyvision_kernels.ops.attention.operator import MAX_FEATURES
+from pyvision_kernels.ops.attention.weights import attention_weights
 from pyvision_kernels.ops.linear import linear
 from pyvision_kernels.ops.linear import run as run_linear
+
+# A leaf for torch.fx.
+torch.fx.wrap("linear")
 
 _ACTIVATIONS: dict[Any, str] = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"}
 
@@ -28,8 +33,10 @@ class MultiheadAttention(Layer, nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` by our kernels; same arguments, parameters and state_dict.
 
     Query, key and value are projected in one product where they are one tensor, and the heads are read where the
-    product left them. The weights of ``need_weights=True`` follow from the logarithms of the sums, so that the output
-    is the same with and without them; a query that looks at no key gets zeros, where torch's has NaN.
+    product left them. The weights of ``need_weights=True`` are made beside the output, which is the same with and
+    without them, in memory of N * num_heads * L * S; a query that looks at no key gets zeros, where torch's may have
+    NaN. torch's layer runs under autocast, as of `Linear`, for nested tensors, for heads of more than 256 features, and
+    for whatever it refuses.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -48,26 +55,26 @@ class MultiheadAttention(Layer, nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """[L, N, E], [S, N, kdim], [S, N, vdim] -> [L, N, E], and weights [N, L, S] or [N, H, L, S]; as torch's."""
-        masks = key_padding_mask, attn_mask
-        if query.is_nested or any(map(is_for_torch, (query, key, value))):
-            options = need_weights, attn_mask, average_attn_weights, is_causal
-            return super().forward(query, key, value, key_padding_mask, *options)
-        batched = F._mha_shape_check(query, key, value, *masks, self.num_heads)  # type: ignore[attr-defined]
-        self._check(query, key, value, *masks, is_causal)
+        options = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        if isinstance(query, torch.fx.Proxy):  # a leaf, as torch's is
+            path = query.tracer.path_of_module(self)
+            return query.tracer.create_proxy("call_module", path, (query, key, value, *options), {})
+        if not self._takes(query, key, value, key_padding_mask, attn_mask, is_causal):
+            return super().forward(query, key, value, *options)
+        batched = query.dim() == 3
         if not batched:
             dim = 0 if self.batch_first else 1
-            query, key, value = (rows.unsqueeze(dim) for rows in (query, key, value))
+            lifted = {id(rows): rows.unsqueeze(dim) for rows in (query, key, value)}  # one tensor stays one
+            query, key, value = (lifted[id(rows)] for rows in (query, key, value))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         heads = self._with_more_keys(*self._projected(query, key, value))
         plainly_causal = is_causal and key_padding_mask is None and not need_weights
         bias = None if plainly_causal else self._bias(key_padding_mask, attn_mask, query.dtype)
         dropout = self.dropout if self.training else 0.0
-        weights = None
-        if need_weights and dropout:
-            output, weights = _composed(*heads, bias, dropout)
-        elif need_weights:
-            output, lse = attention(*heads, bias, return_lse=True)
-            weights = _weights(*heads[:2], bias, lse)
+        weights = attention_weights(*heads[:2], bias, self.head_dim**-0.5) if need_weights else None
+        if weights is not None and dropout:  # torch's layer returns those that it left
+            weights = F.dropout(weights, dropout)
+            output = weights @ heads[2]
         else:
             output = attention(*heads, bias, is_causal=plainly_causal, dropout_p=dropout)
         rows = output.transpose(1, 2).flatten(2)  # [N, L, E]
@@ -78,25 +85,27 @@ class MultiheadAttention(Layer, nn.MultiheadAttention):
             return result, weights
         return result.squeeze(0 if self.batch_first else 1), None if weights is None else weights.squeeze(0)
 
-    def _check(
+    def _takes(
         self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, mask: Tensor | None, is_causal: bool
-    ) -> None:
-        """What torch refuses, by its words."""
-        if is_causal and mask is None:
-            raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
-        features = query.size(-1)
-        if features != self.embed_dim:
-            raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {features}")
-        if self._qkv_same_embed_dim:
-            if key.shape != value.shape:
-                raise AssertionError(f"key shape {key.shape} does not match value shape {value.shape}")
-        elif key.shape[:-1] != value.shape[:-1]:
-            raise AssertionError(
-                f"key's sequence and batch dims {key.shape[:2]} do not match value's {value.shape[:2]}"
-            )
-        for name, given in (("key_padding_mask", padding), ("attn_mask", mask)):
-            if given is not None and given.dtype != torch.bool and not given.is_floating_point():
-                raise AssertionError(f"only bool and floating types of {name} are supported")
+    ) -> bool:
+        """Whether our kernels take the arguments. What torch's layer refuses is for it to refuse, by its words."""
+        rows, dtype, dims = (query, key, value), self.out_proj.weight.dtype, query.dim()
+        if any(is_for_torch(tensor) or tensor.is_nested for tensor in rows):
+            return False
+        if self.head_dim > MAX_FEATURES or (self.training and self.dropout >= 1) or (is_causal and mask is None):
+            return False
+        if dims not in (2, 3) or any(tensor.dim() != dims or tensor.dtype != dtype for tensor in rows):
+            return False
+        batch, length = (0, 1) if self.batch_first else (1, 0)
+        N = query.size(batch) if dims == 3 else 1
+        L, S = (tensor.size(length if dims == 3 else 0) for tensor in (query, key))
+        return (
+            key.shape[:-1] == value.shape[:-1]
+            and (dims == 2 or key.size(batch) == N)
+            and [tensor.size(-1) for tensor in rows] == [self.embed_dim, self.kdim, self.vdim]
+            and _fits(padding, dtype, (N, S) if dims == 3 else (S,))
+            and _fits(mask, dtype, (L, S), (N * self.num_heads, L, S))
+        )
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The heads [N, H, L, head_dim] of all three: views of the products."""
@@ -142,35 +151,22 @@ class MultiheadAttention(Layer, nn.MultiheadAttention):
         return F.pad(bias, (0, more), value=as_bool) if more else bias
 
 
+def _fits(mask: Tensor | None, dtype: torch.dtype, *sizes: tuple[int, ...]) -> bool:
+    return mask is None or (mask.shape in sizes and mask.dtype in (torch.bool, dtype))
+
+
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, packs: Packs | None = None) -> Tensor:
+def _linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, packs: Packs | None = None, activation: str | None = None
+) -> Tensor:
     if is_traced(input):
-        return linear(input, weight, bias)
-    return run_linear(input, weight, bias, packs=packs)
-
-
-def _scores(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
-    scores = query @ key.mT / math.sqrt(query.size(-1))
-    if bias is None:
-        return scores
-    return scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
-
-
-def _weights(query: Tensor, key: Tensor, bias: Tensor | None, lse: Tensor) -> Tensor:
-    """[N, H, L, S], from the logarithms of the sums."""
-    lse = lse.masked_fill(lse == -math.inf, 0)[..., None]
-    return (_scores(query, key, bias).to(lse.dtype) - lse).exp().to(query.dtype)
-
-
-def _composed(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
-    """Output and weights by PyTorch's operators: with dropout, torch's layer returns those that it left."""
-    weights = F.dropout(_scores(query, key, bias).softmax(-1), dropout)
-    return weights @ value, weights
+        return linear(input, weight, bias, activation=activation)
+    return run_linear(input, weight, bias, activation=activation, packs=packs)
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -195,7 +191,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         """[L, N, E], or [N, L, E] where ``batch_first`` -> the same."""
-        if src.is_nested or is_for_torch(src):
+        if is_for_torch(src) or (not isinstance(src, torch.fx.Proxy) and src.is_nested):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         masks = src_mask, src_key_padding_mask, is_causal
         if not self.norm_first:
@@ -214,13 +210,10 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return norm(total), total
 
     def _ff_block(self, x: Tensor) -> Tensor:
-        activation = _ACTIVATIONS.get(self.activation)
-        if type(self.linear1) is not Linear or activation is None or self.linear1.activation is not None:
+        activation, layer = _ACTIVATIONS.get(self.activation), self.linear1
+        watched = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+        if type(layer) is not Linear or activation is None or layer.activation is not None or watched:
             return super()._ff_block(x)
-        packs = None if self.training or is_traced(x) else self.linear1._kept()
-        weight, bias = self.linear1.weight, self.linear1.bias
-        if is_traced(x):
-            hidden = linear(x, weight, bias, activation=activation)
-        else:
-            hidden = run_linear(x, weight, bias, activation=activation, packs=packs)
+        packs = None if self.training or is_traced(x) else layer._kept()
+        hidden = _linear(x, layer.weight, layer.bias, packs, activation)
         return self.dropout2(self.linear2(self.dropout(hidden)))

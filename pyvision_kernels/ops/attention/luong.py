@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +10,7 @@ from pyvision_kernels._backend import CHOICE
 from pyvision_kernels._check import require, require_tensors
 from pyvision_kernels.ops.attention import attention, reference
 from pyvision_kernels.ops.attention.operator import MAX_FEATURES
+from pyvision_kernels.ops.attention.weights import attention_weights
 from pyvision_kernels.ops.linear import linear
 
 
@@ -33,18 +33,13 @@ def _check(op: str, decoder: Tensor, encoder: Tensor, key_lengths: Tensor | None
 def _attend(query: Tensor, encoder: Tensor, keys: Tensor, key_lengths: Tensor | None, return_weights: bool) -> Any:
     """The context of queries [B, L, E] over encoder states, and the weights."""
     query, key, value = query.unsqueeze(1), keys.unsqueeze(1), encoder.unsqueeze(1)
-    if CHOICE.backend == "torch" or max(query.size(3), value.size(3)) > MAX_FEATURES:
-        context, lse = reference.attention(query, key, value, scale=1.0, key_lengths=key_lengths, return_lse=True)
-    else:
-        context, lse = attention(query, key, value, scale=1.0, key_lengths=key_lengths, return_lse=True)
+    by_torch = CHOICE.backend == "torch" or max(query.size(3), value.size(3)) > MAX_FEATURES
+    attend = reference.attention if by_torch else attention
+    context = attend(query, key, value, scale=1.0, key_lengths=key_lengths).squeeze(1)
     if not return_weights:
-        return context.squeeze(1)
-    scores = query @ key.mT
+        return context
     seen = reference.allowed(query, key, None, False, None, key_lengths)
-    if seen is not None:
-        scores = scores.masked_fill(~seen, -math.inf)
-    lse = lse.masked_fill(lse == -math.inf, 0)[..., None]
-    return context.squeeze(1), (scores.to(lse.dtype) - lse).exp().to(query.dtype).squeeze(1)
+    return context, attention_weights(query, key, seen, 1.0).squeeze(1)
 
 
 def dot_attention(
@@ -67,8 +62,8 @@ def dot_attention(
         RuntimeError: sizes, dtypes or devices do not fit each other.
         TypeError: an argument is not a Tensor.
 
-    Note: deterministic. Weights follow from the logarithms of the sums of the fused pass. States of more than 256
-        features are multiplied by PyTorch's operators, with all scores in memory.
+    Note: deterministic. The weights are made beside the fused pass, by PyTorch's operators. States of more than 256
+        features are multiplied by these altogether, with all scores in memory.
     Reference: Luong et al., Effective Approaches to Attention-based Neural Machine Translation, 2015, section 3.1.
     """
     _check("dot_attention", decoder, encoder, key_lengths)
