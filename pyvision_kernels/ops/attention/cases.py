@@ -280,6 +280,12 @@ def _state_errors(op: str) -> tuple[Any, ...]:
         _state_error(op, "batches", RuntimeError, "expected encoder to have 2 batches", encoder=torch.ones(3, 5, 8)),
         _state_error(op, "dtype", RuntimeError, "expected encoder to be", encoder=torch.ones(2, 5, 8).double()),
         _state_error(op, "lengths", RuntimeError, "expected key_lengths", key_lengths=torch.tensor([1, 2, 3])),
+        _state_error(
+            op, "length_dtype", RuntimeError, "expected key_lengths to be integers", key_lengths=torch.ones(2)
+        ),
+        _state_error(
+            op, "integers", NotImplementedError, "expected decoder to be float", decoder=torch.ones(2, 3, 8).int()
+        ),
         _state_error(op, "type", TypeError, "expected encoder to be a Tensor", encoder=1.0),
     )
 
