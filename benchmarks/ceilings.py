@@ -69,7 +69,7 @@ def precision(dtype: torch.dtype, device: str, op: str) -> str:
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Whether convolutions and matrix products on CUDA may round float32 to tf32, within the block."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    before = torch._C._get_cudnn_allow_tf32(), torch.backends.cuda.matmul.allow_tf32
     _allow_tf32(allowed, allowed)
     try:
         yield
@@ -80,7 +80,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 def _allow_tf32(convolutions: bool, products: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some versions recommend newer flags, which older ones lack
-        torch.backends.cudnn.allow_tf32 = convolutions
+        torch._C._set_cudnn_allow_tf32(convolutions)  # the property can be locked
         torch.backends.cuda.matmul.allow_tf32 = products
 
 

@@ -181,12 +181,12 @@ def of_models(device: str, dtype: torch.dtype) -> dict[str, Maker]:
 @contextlib.contextmanager
 def searching() -> Iterator[None]:
     """cuDNN measures its kernels for each new convolution, and takes the fastest."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
+    before = torch._C._get_cudnn_benchmark()
+    torch._C._set_cudnn_benchmark(True)  # the property can be locked
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        torch._C._set_cudnn_benchmark(before)
 
 
 def exported(model: nn.Module, input: Tensor) -> bytes:

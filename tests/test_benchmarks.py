@@ -351,7 +351,7 @@ def test_what_is_out_of_time_is_named():
 
 def test_models_on_a_gpu_come_in_three_sizes_and_types():
     labels = [(model.name, model.size[0], model.dtype) for model in models.CUDA_MODELS]
-    assert len(set(labels)) == len(labels) == 5 * 3 * 3
+    assert len(set(labels)) == len(labels) == 6 * 3 * 3
     assert sum(model.quick for model in models.CUDA_MODELS) == 4
 
 
