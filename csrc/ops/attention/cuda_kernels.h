@@ -25,8 +25,7 @@ auto dispatch_biased(const AttentionParams& p, const Body& body) {
 template <typename scalar_t, typename Body>
 auto dispatch_features(const AttentionParams& p, const Body& body) {
   if constexpr (sizeof(scalar_t) == 2) {
-    if (p.bias == nullptr && p.seed == nullptr)
-      return dispatch_among<kPlain, 32, 64, 80, 96, 128, 256>(p, body);
+    if (p.bias == nullptr && p.seed == nullptr) return dispatch_among<kPlain, 32, 64, 80, 96, 128, 256>(p, body);
   }
   return dispatch_biased(p, body);
 }
