@@ -77,7 +77,7 @@ def _run_case(spec: OpCases, case: Case, dtype: torch.dtype, device: str, layout
                 peer_error, _ = _error(peer[direction][index], exact_of_peer[direction][index])
             unit = torch.finfo(tensor.dtype).eps
             if spec.peer_is_native and tensor.dtype == torch.float64:
-                allowed = max(UNITS_OF_THE_REFERENCE * unit, unit + 2 * peer_error)
+                allowed = UNITS_OF_THE_REFERENCE * unit
             elif peer_error == peer_error:
                 allowed = unit + 2 * peer_error
             else:
